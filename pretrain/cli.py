@@ -1,0 +1,221 @@
+"""The command line: one command a verb. Each imports its verb when it is called, so `--help` imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pretrain import __version__
+from pretrain.config import RunConfig, json_schema, load_config
+from pretrain.files import write_bytes
+
+app = typer.Typer(
+    name="pretrain",
+    help="Raw text in, a model that plain transformers loads out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped run")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted overrides")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face model directory")]
+
+
+def _console() -> Console:
+    return Console(stderr=True, soft_wrap=True)
+
+
+def _config(name: str, overrides: list[str] | None) -> RunConfig:
+    return load_config(name, overrides or [])
+
+
+@app.command()
+def run(
+    config: ConfigName,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="archive what lies under this name, and start anew")] = False,
+    dry_run: Annotated[bool, typer.Option(help="one step of everything; print memory and ETA; leave nothing")] = False,
+) -> None:
+    """All stages: tokenizer, data, training, evaluation, export. What is made and unchanged is skipped."""
+    from pretrain import run as verb
+
+    resolved = _config(config, overrides)
+    if dry_run:
+        verb.dry_run(resolved, console=_console())
+        return
+    raise typer.Exit(verb.run(resolved, fresh=fresh, console=_console()))
+
+
+@app.command()
+def tokenizer(config: ConfigName, overrides: Overrides = None) -> None:
+    """Train a tokenizer on the text: a directory that AutoTokenizer loads."""
+    from pretrain.tokenizer import train_tokenizer
+
+    _console().print(f"tokenizer: {train_tokenizer(_config(config, overrides), console=_console())}")
+
+
+@app.command()
+def prepare(config: ConfigName, overrides: Overrides = None) -> None:
+    """Turn text into token shards."""
+    from pretrain.prepare import prepare_data
+
+    _console().print(f"data: {prepare_data(_config(config, overrides), console=_console())}")
+
+
+@app.command()
+def train(
+    config: ConfigName,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the newest checkpoint; never: refuse if there is one")
+    ] = "auto",
+) -> None:
+    """Pretrain on the prepared shards. Goes on where an earlier call stopped."""
+    from pretrain import train as verb
+
+    raise typer.Exit(verb.train(_config(config, overrides), resume=resume, console=_console()))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[list[str], typer.Argument(metavar="TEXT...", help="files, globs, directories, python-stdlib")],
+    text_field: Annotated[str, typer.Option(help="the field of jsonl, csv and parquet that holds the text")] = "text",
+    document: Annotated[str, typer.Option(help="auto, row, file, line or paragraph")] = "auto",
+    context: Annotated[
+        int | None, typer.Option(help="tokens of context; default: the model's own length, at most 1024")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="use about this much text; default: all of it")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "fp32",
+    pseudo_perplexity: Annotated[int, typer.Option(help="masked models: score this many sentences so; 0 for none")] = 0,
+    output: Annotated[Path | None, typer.Option(help="write the scores as JSON here")] = None,
+) -> None:
+    """Score any Hugging Face model on text: loss and bits per byte, or masked loss and accuracy."""
+    from pretrain.evaluate import evaluate_model, show_scores
+
+    console = _console()
+    scores = evaluate_model(
+        model,
+        data,
+        text_field=text_field,
+        document=document,
+        context=context,
+        max_bytes=max_bytes,
+        precision=precision,
+        pseudo_perplexity=pseudo_perplexity,
+        console=console,
+    )
+    show_scores(scores, Console(soft_wrap=True))
+    if output is not None:
+        write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="the text to go on from")],
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to add at most")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="sample from the k likeliest")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest that hold this much")] = None,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Continue a text with any causal model."""
+    from pretrain.generate import generate_text
+
+    text = generate_text(
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    sys.stdout.write(text + "\n")
+
+
+@app.command()
+def fill(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="a text with one or more [MASK]")],
+    top_k: Annotated[int, typer.Option(help="candidates for each mask")] = 5,
+) -> None:
+    """Fill the masks of a text with any masked model."""
+    from pretrain.fill import fill_masks, show_candidates
+
+    show_candidates(fill_masks(model, text, top_k=top_k), Console(soft_wrap=True))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="a run directory, a checkpoint, or a model directory")],
+    out: Annotated[Path, typer.Argument(help="the directory to make")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    max_shard_bytes: Annotated[
+        int, typer.Option(help="larger models are split over files of this size")
+    ] = 5_000_000_000,
+) -> None:
+    """Write a model for publishing, and prove that stock transformers computes the same logits."""
+    from pretrain.export import export_model
+
+    proof = export_model(checkpoint, out, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    _console().print(proof.describe())
+
+
+@app.command(name="import")
+def import_(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="the directory to make")],
+) -> None:
+    """Turn a stock BERT, ModernBERT, GPT-2 or Llama directory into a Loom one, and prove that the logits are equal."""
+    from pretrain.export import import_model
+
+    _console().print(import_model(model, out).describe())
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option(help="write it here instead of printing it")] = None,
+) -> None:
+    """The JSON schema of a run configuration, for editors."""
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_bytes(output, text.encode())
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"pretrain {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one message and exit code 2.
+
+    With PRETRAIN_DEBUG=1 in the environment the traceback is shown instead.
+    """
+    try:
+        app()
+    except ValueError as error:
+        if os.environ.get("PRETRAIN_DEBUG"):
+            raise
+        console = _console()
+        console.print("error:", style="bold red", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _console().print("interrupted; run the same command again to go on")
+        sys.exit(130)

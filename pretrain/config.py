@@ -1,0 +1,648 @@
+"""The run configuration: one YAML file describes a whole run. This file reads as the manual of its keys.
+
+What lives here: the schema, the YAML 1.2 reader, dotted overrides, the error messages, the resolved copy and the
+JSON schema for editors. What must not: torch, or anything that takes long to import, or any reading of data.
+
+Precedence: defaults below < the YAML file < `key=value` overrides. Unknown keys, wrong types and impossible
+combinations are refused before anything is touched, and each message names the key, the value, the nearest known
+key and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+ENCODERS = ("bert", "modernbert")
+DECODERS = ("gpt2", "llama")
+BUDGETS = ("tokens", "steps", "epochs", "minutes", "hours")
+
+
+class ConfigError(ValueError):
+    """A run configuration that cannot be used; the message names key, value, nearest known key and remedy."""
+
+
+def _check_amount(value: object) -> str | int:
+    """Accept `2%` of the run or a whole number of steps."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value) if isinstance(value, str) else None
+    if match is None or float(match[1]) > 100:
+        raise ValueError("give a share of the run such as 2%, or a whole number of steps")
+    return f"{match[1]}%"
+
+
+def _check_import_path(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        raise ValueError("give an import path such as my_module:my_function")
+    return value
+
+
+Amount = Annotated[
+    str | int,
+    AfterValidator(_check_amount),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}),
+]
+ImportPath = Annotated[str, AfterValidator(_check_import_path)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def amount_in_steps(amount: str | int, total_steps: int) -> int:
+    """Turn `2%` or a number of steps into steps, of a run of `total_steps` steps (rounded to the nearest)."""
+    if isinstance(amount, int):
+        return amount
+    return round(float(amount.rstrip("%")) / 100 * total_steps)
+
+
+class Section(BaseModel):
+    """Base of every section: strict, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class TokenizerConfig(Section):
+    """How the vocabulary is made, or where an existing one lies."""
+
+    from_: str | None = Field(None, alias="from", description="existing tokenizer: a Hub name or a directory")
+    algorithm: Literal["byte-bpe", "bpe", "wordpiece", "unigram", "bytes"] = "byte-bpe"
+    vocab_size: Positive = Field(32_768, description="ids in all, special tokens and padding included")
+    pad_to_multiple: Positive = Field(64, description="the vocabulary is padded up to a multiple of this")
+    lowercase: StrictBool = Field(False, description="uncased: lower case before splitting")
+    strip_accents: StrictBool = False
+    normalize: Literal["none", "nfc", "nfkc"] = "none"
+    digits: Literal["together", "single", "threes"] = Field("together", description="how runs of digits split")
+    chinese_characters: StrictBool = Field(False, description="each Chinese character is a word of its own")
+    special_tokens: tuple[str, ...] = Field((), description="further special tokens, after the architecture's own")
+    min_frequency: Positive = 2
+    max_bytes: Positive = Field(1_000_000_000, description="larger corpora are sampled down to this, by seed")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _existing_or_trained(self) -> Self:
+        if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_"})):
+            raise ValueError(f"`from` takes a tokenizer as it is, so `{given[0]}` has no effect; remove one of them")
+        return self
+
+
+class Source(Section):
+    """A named part of the data: files, globs, directories, hub:NAME, or the embedded corpus."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    files: tuple[str, ...] = Field(min_length=1)
+
+
+class DocumentStart(Section):
+    """A line that matches `start` opens a new document."""
+
+    start: str
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        try:
+            re.compile(self.start)
+        except re.error as error:
+            raise ValueError(f"`{self.start}` is not a regular expression: {error}") from error
+        return self
+
+
+class ValidationSplit(Section):
+    """Validation documents taken out of the training sources; exactly one of the two."""
+
+    fraction: Share | None = Field(None, description="share of documents, by a keyed hash of the text")
+    tail: Share | None = Field(None, description="the last share of each file")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.fraction is None) == (self.tail is None):
+            raise ValueError("give exactly one of fraction and tail")
+        return self
+
+
+class DataConfig(Section):
+    """The text and how it becomes rows of tokens."""
+
+    train: tuple[str | Source, ...] = Field(
+        min_length=1,
+        description="files, globs, directories, hub:NAME[/CONFIG], or python-stdlib (the embedded corpus)",
+    )
+    document: Literal["auto", "row", "file", "line", "paragraph"] | DocumentStart = "auto"
+    text_field: str = "text"
+    validation: ValidationSplit | tuple[str | Source, ...] = Field(
+        default_factory=lambda: ValidationSplit(fraction=0.02), validate_default=True
+    )
+    sequence_length: Annotated[int, Field(ge=8)] = 1024
+    max_documents_per_row: Positive = 64
+    part_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
+        64_000_000, description="input bytes a part, the unit of work and of restart; fixed by the manifest"
+    )
+    workers: Positive | Literal["auto"] = "auto"
+
+
+class ModelConfig(Section):
+    """The model: a known design's conventions, and sizes beside it. A size left out is the published base model's."""
+
+    architecture: Literal["bert", "modernbert", "gpt2", "llama"] | None = None
+    from_: str | None = Field(None, alias="from", description="start from this model: a Hub name or a directory")
+    hidden_size: Positive | None = None
+    num_hidden_layers: Positive | None = None
+    num_attention_heads: Positive | None = None
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    intermediate_size: Positive | None = None
+    max_position_embeddings: Positive | None = Field(None, description="default: data.sequence_length, if larger")
+    rope_theta: float | None = None
+    local_rope_theta: float | None = None
+    sliding_window: Positive | None = None
+    global_attention_every: Positive | None = None
+    hidden_dropout: Share | None = None
+    attention_dropout: Share | None = None
+    embedding_dropout: Share | None = None
+    norm_eps: float | None = None
+    initializer_range: float | None = None
+    tie_word_embeddings: StrictBool | None = None
+
+    @model_validator(mode="after")
+    def _architecture_or_from(self) -> Self:
+        if self.architecture is None and self.from_ is None:
+            known = ", ".join((*ENCODERS, *DECODERS))
+            raise ValueError(f"give `architecture` (one of {known}) or `from`")
+        if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_"})):
+            raise ValueError(f"`from` takes a model as it is, so `{given[0]}` has no effect; remove one of them")
+        return self
+
+    def sizes(self) -> dict[str, Any]:
+        """The keys that were given, for the model configuration."""
+        return self.model_dump(exclude={"architecture", "from_"}, exclude_none=True)
+
+
+class ObjectiveConfig(Section):
+    """What the model learns to predict."""
+
+    kind: str = Field(description="mlm, causal, or my_module:my_function")
+    rate: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.15, description="mlm: share of tokens to predict")
+    random: Share = Field(0.1, description="mlm: of those, the share replaced by a random token")
+    keep: Share = Field(0.1, description="mlm: of those, the share left as it is; the rest becomes [MASK]")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind not in ("mlm", "causal") and ":" not in self.kind:
+            raise ValueError(f"`kind: {self.kind}` is unknown; use mlm, causal or my_module:my_function")
+        if ":" in self.kind:
+            _check_import_path(self.kind)
+        if self.kind == "causal" and (given := sorted(self.model_fields_set - {"kind"})):
+            raise ValueError(f"`{given[0]}` belongs to mlm and has no effect with `kind: causal`; remove it")
+        if self.random + self.keep > 1.0:
+            raise ValueError(f"random {self.random} + keep {self.keep} is more than 1; what is left over is [MASK]")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW, StableAdamW, or Muon on the hidden matrices with AdamW on everything else."""
+
+    name: Literal["adamw", "stable-adamw", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0.0)] = Field(description="peak learning rate (muon: of the matrices)")
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    adam_lr: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="muon: peak learning rate of embeddings, head, norms and biases; default 3e-3"
+    )
+    momentum: Share = Field(0.95, description="muon")
+
+    @model_validator(mode="after")
+    def _muon_keys(self) -> Self:
+        if self.name != "muon" and (given := sorted(self.model_fields_set & {"adam_lr", "momentum"})):
+            raise ValueError(f"`{given[0]}` belongs to muon and has no effect with `name: {self.name}`; remove it")
+        return self
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run: a pure function of progress."""
+
+    kind: Literal["constant", "cosine", "linear", "inverse-sqrt", "wsd"] = "cosine"
+    warmup: Amount = "2%"
+    decay: Amount = Field("20%", description="wsd: the last part of the run, falling as 1 - sqrt")
+    final: Share = Field(0.0, description="the learning rate at the end, as a share of the peak")
+
+    @model_validator(mode="after")
+    def _decay_is_for_wsd(self) -> Self:
+        if self.kind != "wsd" and "decay" in self.model_fields_set:
+            raise ValueError(f"`decay` belongs to wsd and has no effect with `kind: {self.kind}`; remove it")
+        return self
+
+
+class TrainConfig(Section):
+    """The loop. Exactly one budget of tokens, steps, epochs, minutes and hours."""
+
+    tokens: Positive | None = Field(None, description="budget: token positions seen, padding included")
+    steps: Positive | None = Field(None, description="budget: optimizer steps")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="budget: passes over the rows")
+    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="budget: measured, then fixed as steps")
+    hours: Annotated[float, Field(gt=0)] | None = Field(None, description="budget: measured, then fixed as steps")
+    batch_tokens: Positive = Field(description="token positions an optimizer step, over all processes")
+    micro_batch: Positive | Literal["auto"] = Field("auto", description="rows a forward pass a process")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    strategy: Literal["auto", "single"] = "auto"
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    seed: int = Field(0, ge=0)
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    compile: StrictBool = False
+    gradient_checkpointing: StrictBool = False
+    on_nonfinite: Literal["skip", "stop"] = Field("stop", description="what a NaN or infinite loss or gradient does")
+    stop_signals: tuple[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"], ...] = ("SIGTERM", "SIGINT")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [key for key in BUDGETS if getattr(self, key) is not None]
+        if len(given) != 1:
+            which = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one budget of {', '.join(BUDGETS)}; given: {which}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the run is saved, and what is kept. `latest` and `best` are always spared."""
+
+    every: Amount = "10%"
+    keep: Positive = 2
+
+
+class EvaluateConfig(Section):
+    """Validation during training, at step 0 and every so often."""
+
+    every: Amount = "10%"
+    max_tokens: Positive | None = Field(None, description="at most this many token positions of each set")
+    evaluators: tuple[ImportPath, ...] = Field((), description="further evaluators, my_module:my_function")
+
+
+class LogConfig(Section):
+    """Where the numbers go."""
+
+    to: tuple[Literal["console", "jsonl", "wandb", "trackio", "tensorboard"], ...] = ("console", "jsonl")
+    every: Positive = Field(1, description="steps between two lines of metrics")
+    project: str = "pretrain"
+
+
+class ExportConfig(Section):
+    """The published form."""
+
+    to: Literal["auto", "bert", "modernbert", "gpt2", "llama"] = Field("auto", description="stock architecture")
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_shard_bytes: Positive = 5_000_000_000
+
+
+class RunConfig(Section):
+    """A whole run: text, tokenizer, data, model, objective, training, export."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="artifacts lie in OUT/NAME")
+    out: str = "runs"
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        architecture, kind, length = self.model.architecture, self.objective.kind, self.data.sequence_length
+        if architecture in DECODERS and kind == "mlm":
+            raise ValueError(f"objective.kind: mlm needs an encoder ({', '.join(ENCODERS)}), not `{architecture}`")
+        if architecture in ENCODERS and kind == "causal":
+            raise ValueError(f"objective.kind: causal needs a decoder ({', '.join(DECODERS)}), not `{architecture}`")
+        positions = self.model.max_position_embeddings
+        if positions is not None and positions < length:
+            raise ValueError(
+                f"data.sequence_length: {length} is longer than model.max_position_embeddings: {positions}; "
+                "raise the one or lower the other"
+            )
+        if self.train.batch_tokens % length:
+            lower = max(1, self.train.batch_tokens // length) * length
+            raise ValueError(
+                f"train.batch_tokens: {self.train.batch_tokens} is not a whole number of rows of "
+                f"data.sequence_length: {length}; the nearest that fit are {lower} and {lower + length}"
+            )
+        if self.export.to not in ("auto", architecture) and architecture is not None:
+            raise ValueError(f"export.to: {self.export.to} does not hold a `{architecture}` model; use auto")
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where the artifacts of this run lie: OUT/NAME."""
+        return Path(self.out) / self.name
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of `data.sequence_length` token positions an optimizer step, over all processes."""
+        return self.train.batch_tokens // self.data.sequence_length
+
+    @property
+    def kind(self) -> Literal["encoder", "decoder"] | None:
+        """What the architecture is; None when the model comes from elsewhere."""
+        if self.model.architecture is None:
+            return None
+        return "encoder" if self.model.architecture in ENCODERS else "decoder"
+
+
+# --- YAML 1.2 ---------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of version 1.2 (core schema), `_` in numbers, and duplicate keys refused."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*\.?(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    mapping: dict[Hashable, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in mapping:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: key `{key}` stands twice; remove one of them")
+        mapping[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return mapping
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value.replace("_", "")))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+
+
+def parse_yaml(text: str, origin: str = "configuration") -> Any:
+    """Parse YAML 1.2 text.
+
+    Raises:
+        ConfigError: on a syntax error or a key that stands twice; names the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+
+
+# --- reading and writing a configuration ---------------------------------------------------------------------------
+
+
+def shipped_directory() -> Path:
+    """Where the shipped recipes lie: the checkout's root, or the copy inside an installed wheel."""
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "configs" / "runs").is_dir():
+        return checkout
+    return Path(str(resources.files("pretrain") / "_recipes"))
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """Resolve a path, or the bare name of a shipped run such as `quickstart-gpt`.
+
+    Raises:
+        ConfigError: when neither exists; names the nearest shipped run.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = shipped_directory() / "configs" / "runs"
+    candidate = shipped / f"{name_or_path}.yaml"
+    if path.name == str(name_or_path) and candidate.is_file():
+        return candidate
+    names = sorted(entry.stem for entry in shipped.glob("*.yaml"))
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    raise ConfigError(
+        f"no configuration `{name_or_path}`: give a YAML file, or a shipped run ({', '.join(names)}){hint}"
+    )
+
+
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run configuration from a YAML file, or a shipped run by name, with dotted overrides `key=value`.
+
+    Raises:
+        ConfigError: on unknown keys, wrong types, impossible combinations.
+    """
+    path = find_config(name_or_path)
+    raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys such as `name: ...`, found {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return config_from_dict(raw, str(path))
+
+
+def config_from_dict(raw: Mapping[str, Any], origin: str = "configuration") -> RunConfig:
+    """Validate plain data, as YAML gives it.
+
+    Raises:
+        ConfigError: on unknown keys, wrong types, impossible combinations.
+    """
+    try:
+        return RunConfig.model_validate(_tuples(raw))
+    except ValidationError as error:
+        lines = dict.fromkeys(_describe(problem) for problem in _most_telling(error))
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def _tuples(value: Any) -> Any:
+    """YAML lists to tuples, whole floats stay floats: pydantic's strict mode takes tuples for frozen fields."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*", key):
+        raise ConfigError(f"override `{override}`: write it as section.key=value, for example train.steps=100")
+    value = parse_yaml(text, f"override `{override}`")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override `{override}`: `{parent}` is {child!r}, not a section with keys")
+        node = child
+    if parents == ["train"] and last in BUDGETS:
+        for budget in BUDGETS:  # one budget holds: the command line's replaces the file's
+            node.pop(budget, None)
+    node[last] = value
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML: every key, defaults included; `load_config` reads it back unchanged."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain data (budgets and sizes that were not given are left out)."""
+    plain: dict[str, Any] = config.model_dump(mode="json", by_alias=True)
+    for section in ("train", "model", "evaluate", "optimizer"):
+        plain[section] = {key: value for key, value in plain[section].items() if value is not None}
+    plain["tokenizer"] = _only_effective(plain["tokenizer"], from_=config.tokenizer.from_)
+    if config.objective.kind == "causal":
+        plain["objective"] = {"kind": "causal"}
+    if config.schedule.kind != "wsd":
+        plain["schedule"].pop("decay")
+    if config.optimizer.name != "muon":
+        plain["optimizer"].pop("momentum")
+    if isinstance(config.data.validation, ValidationSplit):
+        plain["data"]["validation"] = config.data.validation.model_dump(exclude_none=True)
+    return plain
+
+
+def _only_effective(tokenizer: dict[str, Any], *, from_: str | None) -> dict[str, Any]:
+    if from_ is not None:
+        return {"from": from_}
+    return {key: value for key, value in tokenizer.items() if key != "from"}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a run configuration, for editors."""
+    schema = RunConfig.model_json_schema(by_alias=True)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "pretrain run configuration"
+    return schema
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, as key -> (old, new); a missing value is None."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys((*old, *new)):
+        before, after, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed |= difference(before, after, f"{path}.")
+        elif before != after:
+            changed[path] = (before, after)
+    return changed
+
+
+# --- errors that help ----------------------------------------------------------------------------------------------
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        path = f"{prefix}{field.alias or name}"
+        keys.append(path)
+        for inner in _sections_in(field.annotation):
+            keys += known_keys(inner, f"{path}.")
+    return keys
+
+
+def _sections_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        for option in typing.get_args(annotation):
+            yield from _sections_in(option)
+
+
+_VARIANT = re.compile(
+    r"^(function|tagged|union|tuple|str|int|float|bool|literal|none|constrained|Source|DocumentStart|ValidationSplit)\b.*[\[(]?"
+)
+
+
+def _path_of(problem: Any) -> str:
+    """The dotted key of a problem, without pydantic's names for the branches of a union."""
+    parts: list[str] = []
+    for part in problem["loc"]:
+        if isinstance(part, int):
+            parts.append(f"[{part}]")
+        elif not (_VARIANT.match(part) and f"{'.'.join(parts)}.{part}" not in known_keys()):
+            parts.append(part)
+    return ".".join(parts).replace(".[", "[")
+
+
+def _most_telling(error: ValidationError) -> list[Any]:
+    """Of the many complaints that a union gives for one key, keep the unknown key if there is one, else merge."""
+    by_key: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        by_key.setdefault(re.sub(r"\[\d+\]$", "", _path_of(problem)), []).append(problem)
+    kept: list[Any] = []
+    for path, problems in by_key.items():
+        deeper = any(other != path and other.startswith(f"{path}.") for other in by_key)
+        if not deeper or all(problem["type"] == "value_error" for problem in problems):
+            kept.append(problems[-1] if len(problems) == 1 else {**problems[0], "all": problems})
+    return kept
+
+
+def _describe(problem: Any) -> str:
+    path = _path_of(problem)
+    value = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, known_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else "see `pretrain schema` for the known keys"
+        return f"unknown key `{path}` (value {value!r}); {hint}"
+    if problem["type"] == "missing":
+        return f"missing key `{path}`; add it (see `pretrain schema`)"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        where = f"`{path}`: " if path else ""
+        given = "" if isinstance(value, Mapping | BaseModel) or not path else f" (value {value!r})"
+        return f"{where}{message}{given}"
+    expected = " or ".join(dict.fromkeys(_expectation(part) for part in problem.get("all", [problem])))
+    return f"`{path}`: {expected} (value {value!r})"
+
+
+def _expectation(problem: Any) -> str:
+    context = problem.get("ctx", {})
+    wanted = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "tuple_type": "a list",
+        "model_type": "a section with keys",
+    }
+    kind = problem["type"]
+    if kind in wanted:
+        return f"expected {wanted[kind]}"
+    if kind == "literal_error":
+        value = problem.get("input")
+        options = re.findall(r"'([^']*)'", str(context["expected"]))
+        near = difflib.get_close_matches(str(value), options, n=1)
+        return f"expected one of {', '.join(options)}" + (f"; did you mean `{near[0]}`?" if near else "")
+    if kind == "string_pattern_mismatch":
+        return f"expected text that matches {context['pattern']}"
+    return str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")

@@ -1,0 +1,221 @@
+"""Documents out of files: text and jsonl, csv, tsv, parquet, Hub datasets, plain or compressed, split by byte range.
+
+What lives here: what a document is, and reading those that start in a range. What must not: tokens, or which documents
+are held out. This is the one door to the `datasets` library.
+
+Text is kept byte for byte. UTF-8 is strict: a bad line or row is skipped, counted and named, and costs no other.
+A range owns the documents that start in it, so the ranges of a file together give each document once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from pretrain.config import DocumentStart
+from pretrain.data.lines import ByteRange, Document, LineReader, ReadReport
+from pretrain.data.sources import (
+    SourceFile,
+    corpus_digest,
+    digest_of_files,
+    hash_files,
+    resolve_sources,
+    stdlib_corpus,
+)
+from pretrain.data.streams import open_bytes, text_bytes
+from pretrain.data.tables import missing_field, row_starts, table_rows
+from pretrain.data.text import paragraphs, started, text_lines, whole_file
+from pretrain.files import sha256_file
+
+__all__ = [
+    "Document",
+    "ReadReport",
+    "SourceFile",
+    "byte_ranges",
+    "corpus_digest",
+    "document_mode",
+    "input_digest",
+    "read_documents",
+    "resolve_sources",
+    "stdlib_corpus",
+    "units",
+]
+
+_ROW_FORMATS = ("jsonl", "csv", "tsv", "parquet", "hub")
+
+
+def document_mode(file: SourceFile, document: str | DocumentStart) -> str | DocumentStart:
+    """What a document is in this file: row | file | line | paragraph | DocumentStart.
+
+    Raises:
+        ValueError: when the configured one does not fit the file's format.
+    """
+    rows = file.format in _ROW_FORMATS
+    if document == "auto":
+        # A row of a table is one text by the table's own design. In plain text no mark is sure to part documents (an
+        # empty line parts paragraphs, a newline may only wrap), so a file is taken as one; other rules are asked for.
+        return "row" if rows else "file"
+    if rows and document != "row":
+        given = document if isinstance(document, str) else f"{{start: {document.start}}}"
+        raise ValueError(f"data.document: {given} is for text, but `{file.name}` is {file.format}; use row or auto")
+    if document == "row" and not rows:
+        raise ValueError(f"data.document: row is for tables, but `{file.name}` is text; use file, line or paragraph")
+    return document
+
+
+def read_documents(
+    file: SourceFile,
+    *,
+    document: str | DocumentStart = "auto",
+    text_field: str = "text",
+    byte_range: ByteRange | None = None,
+    report: ReadReport | None = None,
+) -> Iterator[Document]:
+    """The documents of a file that start in `byte_range` (all of them when None), in order.
+
+    Args:
+        file: what to read.
+        document: as `data.document` of the configuration.
+        text_field: the column or key that holds the text, for tables.
+        byte_range: [start, end) in bytes of a plain file or of parquet, in rows of a Hub dataset; compressed files
+            are read whole. For csv, one that `byte_ranges` gave, as only a whole pass finds where rows start.
+        report: filled while reading.
+
+    Raises:
+        ValueError: when the first row has no text in `text_field`, or compressed data is damaged.
+    """
+    report = report if report is not None else ReadReport()
+    mode = document_mode(file, document)
+    if file.format == "hub":
+        yield from _hub_rows(file, text_field, byte_range, report)
+    elif file.format == "parquet":
+        yield from _parquet_rows(file, text_field, byte_range, report)
+    else:
+        with open_bytes(file) as (stream, raw):
+            reader = LineReader(file, stream, raw, byte_range, report)
+            if mode == "row":
+                yield from table_rows(reader, text_field)
+            elif mode == "line":
+                yield from text_lines(reader)
+            elif mode == "file":
+                yield from whole_file(reader)
+            elif mode == "paragraph":
+                yield from paragraphs(reader)
+            else:
+                assert isinstance(mode, DocumentStart)
+                yield from started(reader, re.compile(mode.start))
+
+
+def byte_ranges(file: SourceFile, part_bytes: int, document: str | DocumentStart = "auto") -> list[ByteRange | None]:
+    """Cut a file into ranges of about `part_bytes` that `read_documents` takes; [None] where it is read whole."""
+    total = units(file) if file.format == "hub" else file.bytes
+    whole = file.compression is not None or document_mode(file, document) == "file"
+    size = part_bytes
+    if file.format == "hub":
+        size = max(1, int(part_bytes / max(1.0, _hub_dataset(file).data.nbytes / max(1, total))))
+    elif file.format == "parquet":
+        size = max(1, part_bytes // 4)  # about what compression makes of text
+    count = -(-total // size)
+    if whole or count <= 1:
+        return [None]
+    bounds = [total * number // count for number in range(count + 1)]
+    if file.format == "csv":
+        bounds = row_starts(file, bounds)
+    return [(start, end) for start, end in pairwise(bounds) if start < end]
+
+
+def units(file: SourceFile) -> int:
+    """The length of a file in what `Document.position` counts: bytes of text, or rows."""
+    if file.format == "hub":
+        return len(_hub_dataset(file))
+    if file.format == "parquet":
+        return int(pyarrow.parquet.read_metadata(file.path).num_rows)
+    return text_bytes(file)
+
+
+def input_digest(file: SourceFile) -> str:
+    """SHA-256 of an input file's bytes; of a Hub dataset, of the files that it is cached in."""
+    if file.format == "hub":
+        paths = [entry["filename"] for entry in _hub_dataset(file).cache_files]
+        return digest_of_files((str(number), digest) for number, digest in enumerate(hash_files(paths)))
+    return sha256_file(Path(file.path))
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(
+    file: SourceFile, text_field: str, byte_range: ByteRange | None, report: ReadReport
+) -> Iterator[Document]:
+    """Rows of the row groups that start in the range."""
+    start, end = byte_range if byte_range is not None else (0, file.bytes + 1)
+    with pyarrow.parquet.ParquetFile(file.path) as parquet:
+        if text_field not in parquet.schema_arrow.names:
+            raise ValueError(missing_field(file, text_field, parquet.schema_arrow.names))
+        row = 0
+        for number in range(parquet.metadata.num_row_groups):
+            group = parquet.metadata.row_group(number)
+            column = group.column(0)
+            offset = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+            if start <= offset < end:
+                batches = parquet.iter_batches(1024, row_groups=[number], columns=[text_field])
+                yield from _column_rows(file, text_field, (batch.column(0) for batch in batches), row, report)
+                report.consumed = min(offset, file.bytes) - start
+            row += group.num_rows
+
+
+def _hub_rows(
+    file: SourceFile, text_field: str, byte_range: ByteRange | None, report: ReadReport
+) -> Iterator[Document]:
+    dataset = _hub_dataset(file)
+    if text_field not in dataset.column_names:
+        raise ValueError(missing_field(file, text_field, dataset.column_names))
+    start, end = byte_range if byte_range is not None else (0, len(dataset))
+    table = dataset.with_format("arrow").select_columns([text_field])
+    for row in range(start, end, 1024):
+        column = table[row : min(row + 1024, end)].column(0)
+        yield from _column_rows(file, text_field, column.chunks, row, report)
+        report.consumed = row - start
+
+
+def _column_rows(
+    file: SourceFile, text_field: str, columns: Iterable[Any], row: int, report: ReadReport
+) -> Iterator[Document]:
+    for column in columns:
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        kind = column.type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise ValueError(f"data.text_field: `{text_field}` of `{file.name}` holds {kind}, not text")
+        for data in column.cast(pyarrow.large_binary()).to_pylist():
+            row += 1
+            if data is None:
+                report.note_bad(f"{file.name}:row {row}", f"no text in `{text_field}`")
+                continue
+            try:
+                text = data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                report.note_bad(f"{file.name}:row {row}", f"not UTF-8 ({error.reason})")
+                continue
+            if text and not text.isspace():
+                yield Document(text, file.name, row - 1)
+            else:
+                report.empty += 1
+
+
+@lru_cache(maxsize=8)
+def _hub_dataset(file: SourceFile) -> Any:
+    """`hub:NAME`, `hub:ORG/NAME` or `hub:ORG/NAME/CONFIG`, each with `:SPLIT` behind it where it is not train."""
+    from datasets import load_dataset
+
+    path, _, split = file.path.partition(":")
+    parts = path.split("/")
+    name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    return load_dataset(name, config, split=split or "train")

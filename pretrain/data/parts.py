@@ -1,0 +1,199 @@
+"""The plan of a preparation: which pieces of which files make which part.
+
+What lives here: parts, fixed by the text and the configuration and never by the number of workers, and their digest.
+What must not: doing the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pretrain.config import DataConfig, DocumentStart, Source, ValidationSplit
+from pretrain.data.documents import byte_ranges, document_mode, input_digest, units
+from pretrain.data.sources import SourceFile, digest_of_files, refuse_repeated, resolve_sources
+from pretrain.data.splits import TRAIN, VALIDATION, Split, by_fraction, by_tail, by_tail_of_text, by_turns, entirely
+from pretrain.files import sha256_json
+
+PLAN_VERSION = 1
+_COMPRESSION = 4  # about what compression makes of text; it only decides how many small files share a part
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of a file (all of it when None). `length` is the whole file's, in units of positions, for tails."""
+
+    file: int
+    byte_range: tuple[int, int] | None
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unit of work and of restart: its documents go to `split`, or where the plan's rule sends them."""
+
+    split: str
+    number: int
+    pieces: tuple[Piece, ...]
+    weight: int
+
+    @property
+    def name(self) -> str:
+        """Unique in the plan."""
+        return f"{self.split}-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parts of a preparation and everything that decides their bytes. Plain data, kept beside the unfinished parts.
+
+    `held_out` is the rule that splits the training files: {"fraction": x}, {"tail": x}, {"turns": n} or None.
+    `max_bytes` bounds the text that each split's files give, for trials.
+    """
+
+    files: tuple[SourceFile, ...]
+    digests: tuple[str, ...]
+    parts: tuple[Part, ...]
+    document: str | DocumentStart
+    text_field: str
+    held_out: dict[str, float] | None
+    tokenizer: str
+    tokenizer_digest: str
+    vocab_size: int
+    max_bytes: int | None
+    version: int = PLAN_VERSION
+
+    @property
+    def digest(self) -> str:
+        """Equal for plans that give the same bytes."""
+        return sha256_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        raw = asdict(self)
+        raw["document"] = self.document if isinstance(self.document, str) else self.document.model_dump()
+        return raw
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Plan:
+        """What `to_json` wrote."""
+        parts = []
+        for part in raw["parts"]:
+            pieces = [
+                Piece(piece["file"], tuple(piece["byte_range"]) if piece["byte_range"] else None, piece["length"])
+                for piece in part["pieces"]
+            ]
+            parts.append(Part(part["split"], part["number"], tuple(pieces), part["weight"]))
+        document = raw["document"]
+        return cls(
+            **{
+                **raw,
+                "files": tuple(SourceFile(**file) for file in raw["files"]),
+                "digests": tuple(raw["digests"]),
+                "parts": tuple(parts),
+                "document": document if isinstance(document, str) else DocumentStart(**document),
+            }
+        )
+
+    def inputs(self) -> dict[str, str]:
+        """A digest for each entry of the configuration: of the file, or of the listing of its files."""
+        entries: dict[str, list[tuple[str, str]]] = {}
+        for file, digest in zip(self.files, self.digests, strict=True):
+            entries.setdefault(file.entry, []).append((file.name, digest))
+        single = {entry: files[0][1] for entry, files in entries.items() if files[0][0] == entry}
+        return {entry: single.get(entry) or digest_of_files(files) for entry, files in entries.items()}
+
+    def split_of(self, part: Part, piece: Piece) -> Split:
+        """The rule that sends a piece's documents to their splits."""
+        if part.split != TRAIN or self.held_out is None:
+            return entirely(part.split)
+        if "fraction" in self.held_out:
+            return by_fraction(self.held_out["fraction"])
+        if "turns" in self.held_out:
+            return by_turns(int(self.held_out["turns"]))
+        if piece.length is None:
+            return by_tail_of_text(self.held_out["tail"])
+        return by_tail(self.held_out["tail"], piece.length)
+
+
+def input_files(data: DataConfig) -> dict[str, list[SourceFile]]:
+    """The files of each split that has files of its own: train, and validation ones that are given by name.
+
+    Raises:
+        ValueError: when an entry names nothing, or a file is named twice.
+    """
+    splits = {TRAIN: resolve_sources(data.train, key="data.train")}
+    if not isinstance(data.validation, ValidationSplit):
+        for entry in data.validation:
+            name = f"{VALIDATION}-{entry.name}" if isinstance(entry, Source) else VALIDATION
+            splits.setdefault(name, []).extend(resolve_sources([entry], key="data.validation"))
+        refuse_repeated([file for files in splits.values() for file in files], "data.train and data.validation")
+    return splits
+
+
+def make_plan(data: DataConfig, tokenizer: str, tokenizer_digest: str, vocab_size: int, max_bytes: int | None) -> Plan:
+    """Cut the text into parts of about `data.part_bytes` and hash every input.
+
+    Raises:
+        ValueError: when an entry names nothing, or `data.document` does not fit a file.
+    """
+    splits = input_files(data)
+    files = [file for group in splits.values() for file in group]
+    rule = data.validation.model_dump(exclude_none=True) if isinstance(data.validation, ValidationSplit) else None
+    if rule is not None and max_bytes is not None:
+        rule = {"turns": 4.0}  # a trial's few documents must give some to each side
+    parts: list[Part] = []
+    first = 0
+    for split, group in splits.items():
+        tail = split == TRAIN and rule is not None and "tail" in rule
+        pieces = _pieces(group, first, data, needs_length=tail)
+        chosen = [Part(split, number, tuple(some), weight) for number, (some, weight) in enumerate(pieces)]
+        parts.extend(chosen if max_bytes is None else _first_bytes(chosen, max_bytes))
+        first += len(group)
+    used = sorted({piece.file for part in parts for piece in part.pieces}) if max_bytes is not None else None
+    digests = [input_digest(file) if used is None or number in used else "" for number, file in enumerate(files)]
+    return Plan(
+        files=tuple(files),
+        digests=tuple(digests),
+        parts=tuple(parts),
+        document=data.document,
+        text_field=data.text_field,
+        held_out=rule,
+        tokenizer=tokenizer,
+        tokenizer_digest=tokenizer_digest,
+        vocab_size=vocab_size,
+        max_bytes=max_bytes,
+    )
+
+
+def _pieces(
+    files: Sequence[SourceFile], first: int, data: DataConfig, *, needs_length: bool
+) -> Iterator[tuple[list[Piece], int]]:
+    """Pieces grouped into parts with their weights: small neighbours share one, sources never do."""
+    group: list[Piece] = []
+    text = weight = 0
+    source = None
+    for number, file in enumerate(files, start=first):
+        whole_text = document_mode(file, data.document) == "file"
+        length = units(file) if needs_length and not whole_text else None
+        for byte_range in byte_ranges(file, data.part_bytes, data.document):
+            size = byte_range[1] - byte_range[0] if byte_range is not None else max(1, file.bytes)
+            about = size * (_COMPRESSION if file.compression or file.format == "parquet" else 1)
+            if group and (text + about > data.part_bytes or file.source != source):
+                yield group, weight
+                group, text, weight = [], 0, 0
+            group.append(Piece(number, byte_range, length))
+            text, weight, source = text + about, weight + size, file.source
+    if group:
+        yield group, weight
+
+
+def _first_bytes(parts: list[Part], max_bytes: int) -> list[Part]:
+    """The first parts that together hold `max_bytes`."""
+    total = 0
+    for count, part in enumerate(parts, start=1):
+        total += part.weight
+        if total >= max_bytes:
+            return parts[:count]
+    return parts

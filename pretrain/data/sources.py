@@ -1,0 +1,183 @@
+"""Which files a configuration names: paths, directories, globs, Hub datasets, the embedded corpus.
+
+What lives here: names to files, formats by suffix, digests of inputs. What must not: reading documents out of them.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.config import Source
+from pretrain.files import sha256_file
+
+STDLIB = "python-stdlib"
+HUB_PREFIX = "hub:"
+_FORMATS = {
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+_COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
+_NOT_IN_STDLIB_CORPUS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "__pycache__",
+}
+_STDLIB_MINIMUM = 5_000_000
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file.
+
+    `name` is how people see it (the path as it was given); `entry` is the line of the configuration that it came
+    from, `source` the name of its `Source` (empty when it has none), `bytes` its size on the disk.
+    """
+
+    name: str
+    path: str
+    format: str
+    bytes: int
+    compression: str | None = None
+    entry: str = ""
+    source: str = ""
+
+
+def resolve_sources(entries: Sequence[str | Source], *, key: str = "data.train") -> list[SourceFile]:
+    """Turn `data.train`, or a list like it, into files, in the order of the list (sorted within an entry).
+
+    Raises:
+        ValueError: for an entry that names nothing, a file of unknown format, or a file that comes twice; names `key`.
+    """
+    files: list[SourceFile] = []
+    for entry in entries:
+        if isinstance(entry, Source):
+            for name in entry.files:
+                files.extend(_resolve(name, entry.name, key))
+        else:
+            files.extend(_resolve(entry, "", key))
+    refuse_repeated(files, key)
+    return files
+
+
+def refuse_repeated(files: Iterable[SourceFile], key: str) -> None:
+    """Raise ValueError when two entries name the same file: it would be read twice, or trained on and held out."""
+    seen: dict[str, SourceFile] = {}
+    for file in files:
+        identity = file.path if file.format == "hub" else str(Path(file.path).resolve())
+        if (other := seen.setdefault(identity, file)) is not file:
+            raise ValueError(f"{key}: `{file.name}` comes twice, from `{other.entry}` and `{file.entry}`; remove one")
+
+
+def _resolve(entry: str, source: str, key: str) -> list[SourceFile]:
+    if entry == STDLIB:
+        return [
+            SourceFile(f"{STDLIB}/{name}", str(path), "txt", path.stat().st_size, None, entry, source)
+            for name, path in stdlib_corpus()
+        ]
+    if entry.startswith(HUB_PREFIX):
+        return [SourceFile(entry, entry.removeprefix(HUB_PREFIX), "hub", 0, None, entry, source)]
+    if "://" in entry:
+        raise ValueError(f"{key}: `{entry}` is a URL; give a local file, or hub:NAME for a dataset on the Hub")
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        found = [_source_file(inner, entry, source, key) for inner in _known_files_below(path)]
+        if not found:
+            known = ", ".join(_FORMATS)
+            raise ValueError(f"{key}: the directory `{entry}` holds no file of a known format ({known}; .gz .zst .xz)")
+        return found
+    if path.is_file():
+        return [_source_file(path, entry, source, key)]
+    matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+    if not matches:
+        raise ValueError(f"{key}: `{entry}` names no file, directory, glob, hub:NAME or {STDLIB}; check the path")
+    return [_source_file(Path(match), entry, source, key) for match in matches]
+
+
+def _known_files_below(directory: Path) -> list[Path]:
+    found = []
+    for path in directory.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if path.is_file() and not hidden and _format_of(path)[0] is not None:
+            found.append(path)
+    return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
+
+
+def _format_of(path: Path) -> tuple[str | None, str | None]:
+    suffix = path.suffix.lower()
+    compression = _COMPRESSIONS.get(suffix)
+    inner = Path(path.stem).suffix.lower() if compression else suffix
+    return _FORMATS.get(inner), compression
+
+
+def _source_file(path: Path, entry: str, source: str, key: str) -> SourceFile:
+    file_format, compression = _format_of(path)
+    if file_format is None or (file_format == "parquet" and compression):
+        known = ", ".join(_FORMATS)
+        raise ValueError(
+            f"{key}: `{path}` is of no known format; known are {known}, and all but parquet with .gz, .zst or .xz; "
+            "give the file one of these suffixes"
+        )
+    return SourceFile(str(path), str(path), file_format, path.stat().st_size, compression, entry, source)
+
+
+# --- the embedded corpus --------------------------------------------------------------------------------------------
+
+
+def stdlib_corpus() -> list[tuple[str, Path]]:
+    """The source files of this machine's Python standard library: (relative path, path), sorted.
+
+    Left out: tests, idlelib, lib2to3, encodings, site- and dist-packages, pydoc_data.
+
+    Raises:
+        ValueError: when fewer than 5 MB are there, as on an interpreter without its library's sources.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if not _NOT_IN_STDLIB_CORPUS.intersection(relative.parts) and path.is_file():
+            found.append((relative.as_posix(), path))
+    found.sort()
+    size = sum(path.stat().st_size for _, path in found)
+    if size < _STDLIB_MINIMUM:
+        raise ValueError(
+            f"{STDLIB}: `{root}` holds {size:,} bytes of Python source, fewer than {_STDLIB_MINIMUM:,}; "
+            "use a Python with its library's sources, or give text files of your own in data.train"
+        )
+    return found
+
+
+def corpus_digest() -> str:
+    """SHA-256 over the names and contents of the embedded corpus: two machines with the same one have the same text."""
+    return digest_of_files((f"{STDLIB}/{name}", sha256_file(path)) for name, path in stdlib_corpus())
+
+
+def digest_of_files(files: Iterable[tuple[str, str]]) -> str:
+    """One hash for several files, given as (name, SHA-256): of the listing that `sha256sum` prints."""
+    listing = "".join(f"{digest}  {name}\n" for name, digest in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def hash_files(paths: Sequence[str], threads: int = 4) -> list[str]:
+    """SHA-256 of each file, several at a time (hashing lets go of Python's lock)."""
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        return list(pool.map(lambda path: sha256_file(Path(path)), paths))

@@ -1,0 +1,85 @@
+"""Which documents are held out for validation.
+
+What lives here: the two rules of `data.validation`, by share and by tail. What must not: named validation files, which
+are sources of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+from pretrain.data.lines import Document
+
+TRAIN, VALIDATION = "train", "validation"
+Split = Callable[[Document], Iterator[tuple[str, Document]]]
+
+_KEY = b"pretrain validation split, seed %d"
+
+
+def is_held_out(text: str, fraction: float, seed: int = 0) -> bool:
+    """Whether a keyed hash of the text (BLAKE2b, 64 bits) falls below `fraction`.
+
+    A text is on the same side whatever file, order or machine it comes from, so a repeated one is never on both.
+    The seed is a part of the key; it is not the seed of training, so that runs with several seeds share their data.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=_KEY % seed).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def by_fraction(fraction: float) -> Split:
+    """Hold out about `fraction` of the documents."""
+
+    def split(document: Document) -> Iterator[tuple[str, Document]]:
+        yield VALIDATION if is_held_out(document.text, fraction) else TRAIN, document
+
+    return split
+
+
+def by_tail(tail: float, length: int) -> Split:
+    """Hold out the documents that start in the last share `tail` of a file of `length` (bytes of text, or rows)."""
+    boundary = int(length * (1.0 - tail))
+
+    def split(document: Document) -> Iterator[tuple[str, Document]]:
+        yield VALIDATION if document.position >= boundary else TRAIN, document
+
+    return split
+
+
+def by_tail_of_text(tail: float) -> Split:
+    """Hold out the last share `tail` of each text in bytes: for files that are one document.
+
+    The cut is at int(bytes * (1 - tail)), moved back to where a UTF-8 character starts.
+    """
+
+    def split(document: Document) -> Iterator[tuple[str, Document]]:
+        data = document.text.encode("utf-8")
+        cut = int(len(data) * (1.0 - tail))
+        while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:
+            cut -= 1
+        for name, start, part in ((TRAIN, 0, data[:cut]), (VALIDATION, cut, data[cut:])):
+            if part:
+                yield name, Document(part.decode("utf-8"), document.file, document.position + start)
+
+    return split
+
+
+def by_turns(number: int) -> Split:
+    """Hold out every `number`-th document, from the second on: for trials on a few documents."""
+    seen = 0
+
+    def split(document: Document) -> Iterator[tuple[str, Document]]:
+        nonlocal seen
+        yield VALIDATION if seen % number == 1 else TRAIN, document
+        seen += 1
+
+    return split
+
+
+def entirely(name: str) -> Split:
+    """Every document goes to one split."""
+
+    def split(document: Document) -> Iterator[tuple[str, Document]]:
+        yield name, document
+
+    return split

@@ -1,0 +1,118 @@
+"""Bytes of an input file, plain or compressed, and the lines in them.
+
+What lives here: opening, decompression, where a line starts. What must not: what a document is.
+
+A line ends with `\\n`; its bytes, `\\r` too, stay as they are. A damaged compressed file is an error, not a short one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import zstandard
+
+from pretrain.data.sources import SourceFile
+
+BOM = b"\xef\xbb\xbf"
+_BUFFER = 1 << 20
+_BLANK = b" \t\r\v\f"
+
+
+class _ZstdStream(io.RawIOBase):
+    """Zstandard frames one after another. The library's own stream ends quietly in a frame that was cut off."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._input = self._output = b""
+        self._in_frame = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._output:
+            if not self._input:
+                self._input = self._file.read(_BUFFER)
+            if not self._input:
+                if self._in_frame:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            self._in_frame = True
+            self._output = self._frame.decompress(self._input)
+            self._input = b""
+            if self._frame.eof:
+                self._input = self._frame.unused_data
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._in_frame = False
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
+@contextmanager
+def open_bytes(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file: (the text's bytes, the file on the disk, whose position tells how far the reading is).
+
+    Raises:
+        ValueError: when the compressed data is damaged, while it is read.
+    """
+    with Path(file.path).open("rb", buffering=_BUFFER) as raw:
+        try:
+            if file.compression == "gz":
+                yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER), raw
+            elif file.compression == "xz":
+                yield lzma.open(raw), raw  # noqa: SIM115
+            elif file.compression == "zst":
+                yield io.BufferedReader(_ZstdStream(raw), _BUFFER), raw
+            else:
+                yield raw, raw
+        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+            raise ValueError(f"`{file.name}`: the {file.compression} data is damaged ({error}); get it anew") from error
+
+
+def seek_line(stream: IO[bytes], start: int) -> int:
+    """Go to the first line that starts at `start` or later; return where that is."""
+    if start == 0:
+        return 0
+    stream.seek(start - 1)
+    return start - 1 + len(stream.readline())
+
+
+def after_blank_line(stream: IO[bytes], line_start: int) -> bool:
+    """Whether the line before the one at `line_start` is blank, or there is none. Leaves the stream elsewhere."""
+    position = line_start - 1  # the newline that ends the line before
+    while position > 0:
+        begin = max(0, position - 4096)
+        stream.seek(begin)
+        rest = stream.read(position - begin).rstrip(_BLANK)
+        if rest:
+            return rest.endswith(b"\n")
+        position = begin
+    return True
+
+
+def count_lines(file: SourceFile, end: int) -> int:
+    """How many lines end before byte `end` of a plain file."""
+    lines = 0
+    with Path(file.path).open("rb") as raw:
+        while end > 0 and (block := raw.read(min(_BUFFER, end))):
+            lines += block.count(b"\n")
+            end -= len(block)
+    return lines
+
+
+def text_bytes(file: SourceFile) -> int:
+    """Size of the text in a file: after decompression, which costs a pass over a compressed one."""
+    if file.compression is None:
+        return file.bytes
+    with open_bytes(file) as (stream, _):
+        return sum(len(block) for block in iter(lambda: stream.read(_BUFFER), b""))

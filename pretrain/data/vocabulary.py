@@ -1,0 +1,98 @@
+"""What the data plane knows of a tokenizer: how many ids, which are special, which may stand in for another.
+
+What lives here: ids and roles, read from a tokenizer directory or a data manifest. What must not: encoding.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.files import ArtifactError
+
+ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Special ids by role (None where the tokenizer has none).
+
+    `special` are all ids that stand for no text, padding of the vocabulary included: never masked, never drawn as a
+    random replacement. `vocab_size` counts all ids.
+    """
+
+    vocab_size: int
+    special: tuple[int, ...]
+    pad: int | None = None
+    unk: int | None = None
+    cls: int | None = None
+    sep: int | None = None
+    mask: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    is_special: npt.NDArray[np.bool_] = field(init=False, repr=False, compare=False)
+    replaceable: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        table = np.zeros(self.vocab_size, dtype=np.bool_)
+        table[list(self.special)] = True
+        object.__setattr__(self, "is_special", table)
+        object.__setattr__(self, "replaceable", np.flatnonzero(~table).astype(np.int64))
+
+    def need(self, role: str, why: str) -> int:
+        """The id of a role.
+
+        Raises:
+            ValueError: when the tokenizer has none.
+        """
+        value = getattr(self, role)
+        if value is None:
+            raise ValueError(f"the tokenizer has no {role}_token, which {why} needs; train it for this architecture")
+        return int(value)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data, for a manifest."""
+        roles = {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
+        return {"vocab_size": self.vocab_size, "special_ids": roles, "all_special_ids": list(self.special)}
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> SpecialIds:
+        """What `facts` wrote."""
+        return cls(facts["vocab_size"], tuple(facts["all_special_ids"]), **facts["special_ids"])
+
+
+def read_vocabulary(directory: Path) -> SpecialIds:
+    """Read roles and special ids from a tokenizer directory (tokenizer.json, tokenizer_config.json).
+
+    Raises:
+        ArtifactError: when the files are missing.
+    """
+    try:
+        tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"`{directory}` holds no tokenizer: {Path(error.filename).name} is missing") from error
+    added = {token["content"]: token for token in tokenizer["added_tokens"]}
+    vocabulary = tokenizer["model"].get("vocab", {})
+    # Unigram lists [piece, score] pairs in the order of ids; the others map pieces to ids.
+    known = len(vocabulary) if isinstance(vocabulary, list) else 1 + max(vocabulary.values(), default=-1)
+    size = max(known, 1 + max((token["id"] for token in added.values()), default=-1))
+    roles = {}
+    for role in ROLES:
+        token = config.get(f"{role}_token")
+        content = token["content"] if isinstance(token, dict) else token
+        if content is None:
+            continue
+        if content in added:
+            roles[role] = added[content]["id"]
+        elif isinstance(vocabulary, dict) and content in vocabulary:
+            roles[role] = vocabulary[content]
+        else:
+            raise ArtifactError(f"`{directory}`: {role}_token `{content}` is not in the vocabulary")
+    special = {token["id"] for token in added.values() if token["special"]} | set(roles.values())
+    return SpecialIds(size, tuple(sorted(special)), **roles)

@@ -1,0 +1,215 @@
+"""`pretrain evaluate MODEL TEXT...`: how well a language model predicts text it has not seen.
+
+What lives here: reading the text, choosing the context, the scores as one JSON, and a run's own validation sets. What
+must not: what a score means; that is `pretrain.evaluation`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pretrain.config import DocumentStart, RunConfig
+from pretrain.data.documents import SourceFile, read_documents, resolve_sources
+from pretrain.data.loader import DataPlane
+from pretrain.evaluation.likelihood import evaluate_batches, perplexity, score_causal, score_masked
+from pretrain.evaluation.loading import LoadedModel, describe_model, describe_tokenizer, load_model
+from pretrain.evaluation.passes import DEFAULT_BATCH_TOKENS, Passes
+from pretrain.evaluation.passes import Progress as ProgressCallback
+from pretrain.files import replace_file
+from pretrain.model_dir import read_loom
+from pretrain.models import pick_backend
+from pretrain.runtime import describe_machine, resolve_precision
+
+_DEFAULT_CONTEXT = 1_024
+AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def evaluate_model(
+    model: str | Path,
+    files: Sequence[str],
+    *,
+    tokenizer: str | Path | None = None,
+    kind: str = "auto",
+    document: str | DocumentStart = "auto",
+    text_field: str = "text",
+    context: int | None = None,
+    stride: int | None = None,
+    pseudo_perplexity: int = 100,
+    max_bytes: int | None = None,
+    precision: str = "fp32",
+    device: str | None = None,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    trust_remote_code: bool = False,
+    out: str | Path | None = None,
+    console: Console | None = None,
+    progress: ProgressCallback | None = None,
+) -> dict[str, Any]:
+    """Score a model directory (any Hugging Face one) on text, and say exactly what was scored and how.
+
+    Causal models: loss (nats a token), perplexity, bits per byte; every token of every document is scored once. The
+    end of a document is not scored, its start is predicted from BOS. Masked language models: loss and accuracy at 15%
+    masks that the text alone decides, and pseudo-perplexity over a sample of sentences (Salazar et al. 2020).
+
+    Args:
+        model: a directory with config.json, safetensors and a tokenizer, or a Hub name.
+        files: files, directories, globs, or whatever `data.train` of a run takes.
+        tokenizer: where the tokenizer lies, when it is not in `model`.
+        kind: "causal" or "mlm"; "auto" goes by the class in config.json.
+        document: what one document is, as `data.document` of a run.
+        text_field: the field of jsonl, csv and parquet rows that holds the text.
+        context: positions of input a forward pass; default: what the model takes, at most 1,024.
+        stride: causal: new tokens a window; default `context`, windows without overlap.
+        pseudo_perplexity: mlm: sentences in the sample for it; 0 leaves it out.
+        max_bytes: stop after the document that reaches this many bytes of text.
+        precision: "fp32", "bf16" (autocast; the weights stay fp32), "fp16" (CUDA), or "auto": bf16 where it is native.
+        device: default CUDA where there is one.
+        batch_tokens: tokens a forward pass, at most, padding included.
+        trust_remote_code: run the code that the directory carries.
+        out: write the scores there, as JSON.
+        console: shows a progress bar.
+        progress: told now and then what is scored, the targets done, and the targets in all.
+
+    Raises:
+        ValueError: when the model, its tokenizer or the text cannot be used; names the remedy.
+    """
+    started = time.monotonic()
+    sources = resolve_sources(list(files))
+    loaded = load_model(model, tokenizer=tokenizer, kind=kind, device=device, trust_remote_code=trust_remote_code)
+    window = _window(loaded, context)
+    if stride is not None and loaded.kind == "mlm":
+        raise ValueError(f"stride: {stride} belongs to causal models and has no effect on `{model}`; leave it out")
+    arithmetic = resolve_precision(precision, loaded.device)
+    texts = _texts(sources, document, text_field)
+    with _progress_bar(console, progress) as callback:
+        passes = Passes(loaded.device, AUTOCAST[arithmetic], batch_tokens, callback)
+        ours: dict[str, Any] = {"window": window, "max_bytes": max_bytes}
+        if loaded.kind == "causal":
+            scores = score_causal(loaded.model, loaded.tokenizer, texts, passes, stride=stride, **ours)
+        else:
+            scores = score_masked(loaded.model, loaded.tokenizer, texts, passes, sentences=pseudo_perplexity, **ours)
+    scores = {"kind": loaded.kind, **scores}
+    scores["text"] = {"files": [source.name for source in sources], **scores["text"]}
+    scores |= {
+        "model": describe_model(loaded),
+        "tokenizer": describe_tokenizer(loaded),
+        "precision": arithmetic,
+        "machine": describe_machine(loaded.device),
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if out is not None:
+        path = Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, (json.dumps(scores, indent=2, ensure_ascii=False) + "\n").encode())
+    return scores
+
+
+def evaluate_run(config: RunConfig, directory: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Score a run's model on every validation set that the run prepared, in the rows and context of its training, in fp32.
+
+    Each token of the set is a target once, its documents' EOS too; masked models are scored at 15% masks that are the
+    same in every run.
+
+    Returns:
+        For each set its `loss`, `num_targets`, `context`, `precision`, and `bits_per_byte` with `perplexity` or
+        `accuracy`.
+
+    Raises:
+        ArtifactError: when the data is not prepared, or `directory` holds no model.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = read_loom(directory)
+    model.set_attn_implementation(pick_backend(model.config, device)[0])
+    model.to(device)
+    scores: dict[str, Any] = {}
+    for split in DataPlane.validation_splits(config):
+        batches = DataPlane.validation(config, split).batches()
+        found: dict[str, Any] = dict(evaluate_batches(model, batches, device=device))
+        if "accuracy" not in found:
+            found["perplexity"] = perplexity(found["loss"])
+        scores[split] = found | {"context": config.data.sequence_length, "precision": "fp32"}
+        if console is not None:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
+            console.print(f"{split}: {shown}", highlight=False)
+    return scores
+
+
+@contextmanager
+def _progress_bar(console: Console | None, also: ProgressCallback | None) -> Iterator[ProgressCallback]:
+    """A bar a stage on `console`, if it is a terminal, and whoever else wants to know."""
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("targets, ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None or not console.is_terminal,
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done)
+        if also is not None:
+            also(stage, done, total)
+
+    with bar:
+        yield show
+
+
+def _texts(sources: Sequence[SourceFile], document: str | DocumentStart, text_field: str) -> Iterator[str]:
+    for source in sources:
+        for entry in read_documents(source, document=document, text_field=text_field):
+            yield entry.text
+
+
+def _window(loaded: LoadedModel, context: int | None) -> int:
+    longest = loaded.max_positions
+    if context is None:
+        return min(longest or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+    if context < 1 or (longest is not None and context > longest):
+        raise ValueError(f"context: {context} does not fit `{loaded.source}`, which takes 1 to {longest} tokens")
+    return context
+
+
+_LABELS = {
+    "loss": ("loss", "{:.4f} nats a target"),
+    "perplexity": ("perplexity", "{:,.2f}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "accuracy": ("accuracy at 15% masks", "{:.4f}"),
+    "pseudo_perplexity": ("pseudo-perplexity", "{:,.2f}"),
+    "tokens": ("tokens", "{:,}"),
+    "bytes": ("bytes", "{:,}"),
+    "unknown_tokens": ("unknown tokens", "{:,}"),
+}
+
+
+def show_scores(scores: Mapping[str, Any], console: Console) -> None:
+    """The scores of `evaluate_model` as a table."""
+    table = Table(title=f"{scores['model']['source']}  ({scores['model']['class']})", show_header=False)
+    for key, (label, form) in _LABELS.items():
+        if key in scores:
+            table.add_row(label, form.format(scores[key]))
+    if sample := scores.get("pseudo_perplexity_sample"):
+        table.add_row("  over", f"{sample['sentences']:,} of {sample['of_lines']:,} lines, {sample['tokens']:,} tokens")
+    context = scores["context"]
+    overlap = f", stride {context['stride']:,}" if "stride" in context else ""
+    table.add_row("context", f"{context['window']:,} tokens{overlap}")
+    text = scores["text"]
+    table.add_row("text", f"{text['documents']:,} documents, sha256 {text['sha256'][:12]}")
+    table.add_row("precision", scores["precision"])
+    console.print(table)

@@ -1,0 +1,208 @@
+"""Any Hugging Face model directory, made ready for scoring: the model, its tokenizer, and what exactly they are.
+
+What lives here: the one loader that `evaluate`, `generate` and `fill` share. What must not: writing directories, or
+the Loom classes; a directory is loaded by plain `transformers`, as its users load it.
+
+Weights come from safetensors alone, and code inside a directory runs only when the caller asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from pretrain.files import sha256_file
+
+Kind = Literal["causal", "mlm"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+_UNLIMITED = 1_000_000  # tokenizers without a stated limit carry 1e30
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and its tokenizer, in evaluation mode on `device`.
+
+    `kind` is "causal" (predicts the next token) or "mlm" (fills masks); `source` is the directory or Hub name as given.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: Kind
+    source: str
+    tokenizer_source: str
+    device: torch.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest input, in tokens, that model and tokenizer state; None when neither states one."""
+        limits = []
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if isinstance(positions, int) and positions > 0:
+            limits.append(positions - _position_offset(self.model))
+        if 0 < self.tokenizer.model_max_length < _UNLIMITED:
+            limits.append(int(self.tokenizer.model_max_length))
+        return min(limits) if limits else None
+
+
+def _position_offset(model: torch.nn.Module) -> int:
+    """Positions that are never used: RoBERTa and its kin start counting after the padding id."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def load_model(
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    kind: str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model directory (or a Hub name) and its tokenizer, weights in fp32, in evaluation mode.
+
+    Args:
+        source: a directory with `config.json`, safetensors and a tokenizer, or a Hub name.
+        tokenizer: where the tokenizer lies, when it is not in `source`.
+        kind: "causal", "mlm", or "auto": by the class that `config.json` names.
+        device: "cpu", "cuda", ...; default: CUDA where there is one.
+        trust_remote_code: run the code that the directory carries.
+
+    Raises:
+        ValueError: when there is no such model, when it has no language-model head of the asked kind, when its
+            weights are not safetensors, or when the tokenizer is missing; names the remedy.
+    """
+    name = str(source)
+    if kind not in ("auto", "causal", "mlm"):
+        raise ValueError(f"kind: {kind} is unknown; use auto, causal or mlm")
+    _check_directory(name)
+    with _loading(name, "model"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    decided: Kind = _kind_of(config, name) if kind == "auto" else "causal" if kind == "causal" else "mlm"
+    auto_class: Any = AutoModelForCausalLM if decided == "causal" else AutoModelForMaskedLM
+    with _loading(name, "model"):
+        model, report = auto_class.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"`{name}` has no weights for `{missing[0]}` of {type(model).__name__}: it was saved without that head; "
+            "give a directory that was saved with its language-model head"
+        )
+    place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer_source = str(tokenizer) if tokenizer is not None else name
+    loaded_tokenizer = _load_tokenizer(tokenizer_source, trust_remote_code)
+    if len(loaded_tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"the tokenizer of `{tokenizer_source}` has {len(loaded_tokenizer):,} ids, the model `{name}` embeds "
+            f"{model.get_input_embeddings().num_embeddings:,}; give the tokenizer that the model was trained with"
+        )
+    return LoadedModel(model.eval().to(place), loaded_tokenizer, decided, name, tokenizer_source, place)
+
+
+def _check_directory(name: str) -> None:
+    """A path that exists but is no model directory gets its answer here; else it would be taken for a Hub name."""
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"`{name}` is a file; give the directory that holds config.json and the weights")
+    if path.is_dir() and not (path / "config.json").is_file():
+        inside = next((folder for folder in ("model", "export") if (path / folder / "config.json").is_file()), None)
+        hint = f"did you mean `{path / inside}`?" if inside else "give a directory that save_pretrained or export wrote"
+        raise ValueError(f"`{name}` is not a model directory: config.json is missing; {hint}")
+    if not path.exists() and name.startswith(("/", ".", "~")):
+        raise ValueError(f"there is no directory `{name}`; give a model directory or a Hub name")
+
+
+@contextmanager
+def _loading(name: str, what: str) -> Iterator[None]:
+    """Say what could not be loaded and what to do; no progress bars of `transformers` meanwhile."""
+    bars: Any = logging
+    were_shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            remedy = "it carries its own code: read it, then allow it with --trust-remote-code"
+        elif Path(name).is_dir():
+            remedy = (
+                "give a directory with config.json, *.safetensors (pickled .bin files are not read) and a tokenizer"
+            )
+        else:
+            remedy = "give a directory, or a Hub name that can be reached from here"
+        raise ValueError(f"`{name}`: the {what} cannot be loaded; {remedy} ({reason[:300]})") from error
+    finally:
+        if were_shown:
+            bars.enable_progress_bar()
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
+    path = Path(name)
+    if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        raise ValueError(
+            f"`{name}` holds no tokenizer (tokenizer.json is missing); name its directory with --tokenizer"
+        )
+    with _loading(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def _kind_of(config: Any, name: str) -> Kind:
+    """By the class that saved the weights; BERT, for one, has a class of either kind."""
+    saved_by = (getattr(config, "architectures", None) or [""])[0]
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if saved_by.endswith("ForMaskedLM") or (masked and saved_by.endswith("ForPreTraining")):
+        return "mlm"
+    if saved_by.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal"
+    if masked != causal:
+        return "mlm" if masked else "causal"
+    raise ValueError(
+        f"`{name}` ({saved_by or config.model_type}) names no language-model head; "
+        "say which one with --kind: causal or mlm"
+    )
+
+
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
+    """What was scored: class, parameters, and the SHA-256 of config and weights (of a Hub model: its commit)."""
+    path = Path(loaded.source)
+    facts: dict[str, Any] = {
+        "source": loaded.source,
+        "class": type(loaded.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+    }
+    if path.is_dir():
+        files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+        facts["sha256"] = {file.name: sha256_file(file) for file in files}
+    else:
+        facts["commit"] = getattr(loaded.model.config, "_commit_hash", None)
+    return facts
+
+
+def describe_tokenizer(loaded: LoadedModel) -> dict[str, Any]:
+    """Which tokenizer it was: ids in all, and the SHA-256 of its files (of a Hub name: the name alone)."""
+    path = Path(loaded.tokenizer_source)
+    facts: dict[str, Any] = {"source": loaded.tokenizer_source, "vocab_size": len(loaded.tokenizer)}
+    if path.is_dir():
+        files = [path / file for file in _TOKENIZER_FILES if (path / file).is_file()]
+        facts["sha256"] = {file.name: sha256_file(file) for file in files}
+    return facts

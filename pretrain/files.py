@@ -1,0 +1,281 @@
+"""Files that are whole or not there: atomic directories, hashing writers, manifests, safetensors.
+
+What lives here: bytes in, digest out. What must not: torch, or any knowledge of what the bytes mean.
+
+An artifact is a directory with a `manifest.json`. It is written under a temporary name beside its final one, every
+file and directory is flushed to the disk, and one rename publishes it. A reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TEMPORARY_PREFIX = ".tmp-"
+_BLOCK = 1 << 20
+
+
+class ArtifactError(ValueError):
+    """An artifact that is missing, incomplete, altered or made for something else; names the path and the remedy."""
+
+
+class HashingWriter:
+    """A binary file that hashes what it is given before the disk sees it (SHA-256).
+
+    Used as a context manager; `digest` and `size` hold after closing. The file is flushed to the disk on close.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self._file: IO[bytes] = path.open("wb")
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append `data`."""
+        self._hash.update(data)
+        self._file.write(data)
+        self.size += data.nbytes if isinstance(data, memoryview) else len(data)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything written so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write one file, flushed to the disk; return its SHA-256."""
+    with HashingWriter(path) as writer:
+        writer.write(data)
+    return writer.digest
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Write plain data as JSON (readable, keys in order, final newline); return its SHA-256."""
+    return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write one file so that a reader sees the old bytes or the new ones, never a mixture."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    write_bytes(temporary, data)
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to the disk, so that a rename survives a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def commit_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Make a directory all at once: yields a temporary one beside `path`, renamed to `path` on success.
+
+    Files must be flushed by whoever wrote them (`HashingWriter` does). On an error the temporary directory is
+    removed and `path` is as it was. With `replace`, an existing `path` is moved aside first and removed last.
+
+    Raises:
+        ArtifactError: when `path` exists and `replace` is not given.
+    """
+    if path.exists() and not replace:
+        raise ArtifactError(f"`{path}` exists already; choose another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, _ in os.walk(temporary):
+            sync_directory(Path(folder))
+        aside = None
+        if path.exists():
+            aside = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}-{uuid.uuid4().hex[:8]}")
+            path.rename(aside)
+        temporary.rename(path)
+        sync_directory(path.parent)
+        if aside is not None:
+            shutil.rmtree(aside)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(parent: Path) -> list[Path]:
+    """Remove temporary entries that a killed process left in `parent`; return what was removed."""
+    leftovers = sorted(parent.glob(f"{TEMPORARY_PREFIX}*")) if parent.is_dir() else []
+    for entry in leftovers:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+    return leftovers
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of plain data, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+# --- manifests ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, what it was made from, and the digest of every file in it."""
+
+    kind: str
+    config: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    code_version: str = ""
+
+    @property
+    def digest(self) -> str:
+        """One hash for the artifact: of what is in it, whoever made it and whenever."""
+        return sha256_json({"kind": self.kind, "files": self.files, "format_version": self.format_version})
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write `manifest.json`. `files` maps names to digests; files left out of it are hashed from the disk.
+
+    `config` is the part of the configuration that decides the artifact, `inputs` the digests of what it was made
+    from, `facts` what was found out on the way (counts, sizes).
+    """
+    from pretrain import __version__
+
+    digests = dict(files or {})
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in digests and name != MANIFEST:
+            digests[name] = sha256_file(path)
+    manifest = Manifest(
+        kind=kind,
+        config=dict(config),
+        inputs=dict(inputs or {}),
+        files=dict(sorted(digests.items())),
+        facts=dict(facts or {}),
+        code_version=__version__,
+    )
+    write_json(directory / MANIFEST, manifest.__dict__)
+    return manifest
+
+
+def read_manifest(directory: Path, kind: str) -> Manifest:
+    """Read the manifest of an artifact of the given kind.
+
+    Raises:
+        ArtifactError: when it is missing, unreadable, of another kind, or of another format version.
+    """
+    path = directory / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**raw)
+    except FileNotFoundError:
+        raise ArtifactError(f"`{directory}` holds no {kind}: {MANIFEST} is missing; make it first") from None
+    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"`{path}` cannot be read ({error}); make the {kind} again") from error
+    if manifest.kind != kind:
+        raise ArtifactError(f"`{directory}` holds a {manifest.kind}, not a {kind}; give the right directory")
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"`{directory}` has format version {manifest.format_version}, this version reads {FORMAT_VERSION}; "
+            f"make the {kind} again"
+        )
+    return manifest
+
+
+def verify_manifest(directory: Path, manifest: Manifest) -> None:
+    """Read every file of an artifact and compare digests.
+
+    Raises:
+        ArtifactError: names the first file that is missing or altered.
+    """
+    for name, digest in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise ArtifactError(f"`{path}` is missing from the {manifest.kind}")
+        if sha256_file(path) != digest:
+            raise ArtifactError(f"`{path}` was altered: its SHA-256 is not the manifest's")
+
+
+# --- safetensors ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """A tensor as safetensors holds it: dtype by the format's name (`F32`, `BF16`, `I64`, ...), shape, raw bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+def write_safetensors(
+    path: Path, tensors: Iterable[tuple[str, TensorBytes]], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write tensors in the safetensors format, hashing the memory that is written; return the file's SHA-256.
+
+    Source: the safetensors format (8 bytes header length, JSON header, little-endian tensors one after another).
+    """
+    entries = list(tensors)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in entries:
+        size = tensor.data.nbytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with HashingWriter(path) as writer:
+        writer.write(len(encoded).to_bytes(8, "little"))
+        writer.write(encoded)
+        for _, tensor in entries:
+            flat = tensor.data.cast("B") if tensor.data.nbytes else memoryview(b"")
+            for start in range(0, flat.nbytes, _BLOCK):
+                writer.write(flat[start : start + _BLOCK])
+    return writer.digest

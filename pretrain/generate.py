@@ -1,0 +1,174 @@
+"""`pretrain generate MODEL "text"`: let a causal model go on from a text.
+
+What lives here: the choice of the next token, in the terms of `transformers.generate`. What must not: loading rules, or
+printing; text is returned, and handed out piece by piece to a callback while it grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from pretrain.evaluation.loading import LoadedModel, load_model
+from pretrain.runtime import resolve_precision
+
+_DEFAULT_NEW_TOKENS = 100
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def generate_text(
+    model: str | Path | LoadedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    device: str | None = None,
+    precision: str = "fp32",
+    trust_remote_code: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Continue `prompt`; return it with what was added.
+
+    The prompt stands at the start of a document: BOS comes before it where the tokenizer has one. Generation ends at
+    EOS or after `max_new_tokens`. The same arguments on the same machine give the same text.
+
+    Args:
+        model: a directory, a Hub name, or a model that `load_model` gave.
+        prompt: any text, also none where the tokenizer has a BOS.
+        max_new_tokens: tokens to add at most; default 100, or as many as the model's positions leave.
+        temperature: divides the logits before sampling; 0 takes the likeliest token each time.
+        top_k: sample from the k likeliest tokens (Fan et al. 2018); None for all.
+        top_p: sample from the likeliest tokens that together hold this probability (Holtzman et al. 2019).
+        seed: of the sampling; torch's global state is left alone.
+        tokenizer: where the tokenizer lies, when it is not in `model`.
+        device: default CUDA where there is one.
+        precision: "fp32", "bf16", "fp16" (CUDA) or "auto".
+        trust_remote_code: run the code that the directory carries.
+        on_text: called with every further piece of text as it comes.
+
+    Raises:
+        ValueError: when the model is not causal, the text does not fit its positions, or an option is out of range.
+    """
+    _check_options(max_new_tokens, temperature, top_k, top_p)
+    if not isinstance(model, LoadedModel):
+        model = load_model(model, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
+    if model.kind != "causal":
+        raise ValueError(f"`{model.source}` is a masked language model; fill its masks with `pretrain fill`")
+    ids = _prompt_ids(model, prompt)
+    options = _generation_config(model, _room(model, len(ids), max_new_tokens), temperature, top_k, top_p)
+    streamer = _Pieces(model.tokenizer, on_text) if on_text is not None else None
+    inputs = torch.tensor([ids], device=model.device)  # (1, prompt tokens)
+    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(precision, model.device))
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autocast(model.device.type, reduced, enabled=reduced is not None):
+        torch.manual_seed(seed)
+        output = model.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=options, streamer=streamer
+        )
+    added = model.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return prompt + str(added)
+
+
+def _check_options(max_new_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature: {temperature} must be 0 (the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: {top_k} must be at least 1; leave it out to sample from all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: {top_p} must lie above 0 and be at most 1")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        name = "top_k" if top_k is not None else "top_p"
+        raise ValueError(
+            f"{name} has no effect with temperature 0, which takes the likeliest token; remove one of them"
+        )
+
+
+def _prompt_ids(model: LoadedModel, prompt: str) -> list[int]:
+    ids = list(model.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    bos = model.tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    if not ids:
+        raise ValueError("the prompt is empty and the tokenizer has no bos_token to start from; give some text")
+    return ids
+
+
+def _room(model: LoadedModel, prompt_tokens: int, max_new_tokens: int | None) -> int:
+    longest = model.max_positions
+    # The last token that is generated needs no position of its own.
+    room = None if longest is None else longest + 1 - prompt_tokens
+    if room is not None and room < (max_new_tokens or 1):
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens: {max_new_tokens or 1} do not fit the {longest} "
+            f"positions of `{model.source}`; "
+            + (f"at most {room} new tokens do" if room > 0 else "give a shorter prompt")
+        )
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return _DEFAULT_NEW_TOKENS if room is None else min(_DEFAULT_NEW_TOKENS, room)
+
+
+def _generation_config(
+    model: LoadedModel, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> GenerationConfig:
+    own = getattr(model.model, "generation_config", None)
+    eos = getattr(own, "eos_token_id", None)
+    eos = eos if eos is not None else model.tokenizer.eos_token_id
+    pad = model.tokenizer.pad_token_id
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    make: Any = GenerationConfig
+    config: GenerationConfig = make(
+        max_new_tokens=max_new_tokens,
+        bos_token_id=model.tokenizer.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=pad if pad is not None else first_eos,
+        **options,
+    )
+    return config
+
+
+class _Pieces(BaseStreamer):
+    """Hands out the text that a new token completes, and holds back half a character."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._given = 0
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt's ids first, then one new id at a time."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self._ids += value.reshape(-1).tolist()
+        text = self._decode()
+        if not text.endswith(_REPLACEMENT):
+            self._give(text)
+
+    def end(self) -> None:
+        """Give what was held back."""
+        self._give(self._decode())
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _give(self, text: str) -> None:
+        if len(text) > self._given:
+            self._on_text(text[self._given :])
+            self._given = len(text)

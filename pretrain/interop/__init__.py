@@ -1,0 +1,160 @@
+"""Exact conversion between Loom models and the stock architectures of transformers that hold the same shape.
+
+`to_stock` and `from_stock` map a config and a state dict; `config_json` gives a config.json that transformers 5 and
+4.57 read alike. Each architecture is one file; `mapping.py` holds what they share. A shape is accepted when its config
+survives the way there and back, so nothing is lost in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from pretrain.models import LoomConfig, model_class
+
+from .bert import BERT
+from .gpt2 import GPT2
+from .llama import LLAMA
+from .mapping import (
+    COMMON_KEYS,
+    EXTRA_KEY,
+    KEPT_ASIDE,
+    Home,
+    NoStockHome,
+    Task,
+    convert_from_stock,
+    convert_to_stock,
+    differing,
+    own_fields,
+    without_copies,
+)
+from .modernbert import LOCAL, MODERNBERT
+
+__all__ = ["HOMES", "NoStockHome", "config_json", "from_stock", "stock_config", "to_stock"]
+
+HOMES: dict[str, Home] = {home.name: home for home in (BERT, MODERNBERT, GPT2, LLAMA)}
+
+
+def stock_config(config: LoomConfig, task: Task = "pretraining") -> PreTrainedConfig:
+    """The stock config that holds this Loom config, its own architecture's before others of its kind.
+
+    Values that only steer training and have no stock field are kept in an extra entry named "loom".
+    Raises NoStockHome that names the keys in the way.
+    """
+    return _find_home(config, task)[1]
+
+
+def to_stock(config: LoomConfig, state: Mapping[str, Tensor]) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """A Loom config and state dict -> the stock config and state dict, exact; copies that tying makes stand once.
+
+    Takes the state of a base model, one with a language-model head, or a classifier.
+    Raises NoStockHome that names the keys in the way, ValueError that names tensors missing or left over.
+    """
+    task = _task(state, head="model.", classifier=("classifier.weight", "score.weight"))
+    home, stock = _find_home(config, task)
+    copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    rules = home.rules(config, task, "" if task == "base" else home.prefix)
+    return stock, convert_to_stock(rules, without_copies(state, copies))
+
+
+def from_stock(stock: PreTrainedConfig, state: Mapping[str, Tensor]) -> tuple[LoomConfig, dict[str, Tensor]]:
+    """A stock config and the state dict of its class -> Loom config and state dict, exact; the inverse of `to_stock`.
+
+    Raises ValueError that names an architecture or key that Loom has no switch for, or tensors missing or left over.
+    """
+    home = HOMES.get(stock.model_type)
+    if home is None:
+        raise ValueError(f"model_type {stock.model_type!r} is not one that Loom holds: {', '.join(HOMES)}")
+    task = _task(state, head=home.prefix, classifier=(home.classifier,))
+    config = home.from_config(stock)
+    for key, value in getattr(stock, EXTRA_KEY, {}).items():
+        setattr(config, key, value)
+    _copy_common(stock, config)
+    config.architectures = [model_class(config, task).__name__]
+    _refuse_differences(home, stock, home.to_config(config))
+    copies = home.duplicates if getattr(stock, "tie_word_embeddings", True) else {}
+    rules = home.rules(config, task, "" if task == "base" else home.prefix)
+    return config, convert_from_stock(rules, without_copies(state, copies))
+
+
+def config_json(stock: PreTrainedConfig) -> dict[str, Any]:
+    """What config.json must hold so that transformers 5 and 4.57 build the same model.
+
+    Version 4 does not know `rope_parameters`: it reads the rotary base from the top level (and without it takes its
+    default in silence), and ModernBERT's two bases and layer pattern from keys of their own.
+    """
+    entries: dict[str, Any] = json.loads(stock.to_json_string(use_diff=True))
+    rope: Any = getattr(stock, "rope_parameters", None)
+    if stock.model_type == "modernbert":
+        full, local = rope["full_attention"], rope.get(LOCAL) or rope["full_attention"]
+        entries["global_rope_theta"] = full["rope_theta"]
+        entries["local_rope_theta"] = local["rope_theta"]
+        entries["global_attn_every_n_layers"] = MODERNBERT.from_config(stock).global_attention_every
+    elif isinstance(rope, dict) and "rope_theta" in rope:
+        entries["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            entries["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return entries
+
+
+def _task(state: Mapping[str, Tensor], head: str, classifier: tuple[str, ...]) -> Task:
+    if any(name in state for name in classifier):
+        return "classification"
+    return "pretraining" if any(name.startswith(head) for name in state) else "base"
+
+
+def _find_home(config: LoomConfig, task: Task) -> tuple[Home, PreTrainedConfig]:
+    own = HOMES.get(config.architecture)
+    others = [home for home in HOMES.values() if home.kind == config.kind and home is not own]
+    homes = [own, *others] if own is not None else others
+    reasons: list[str] = []
+    keys: tuple[str, ...] = ()
+    for home in homes:
+        in_the_way = {"position_kind": (config.position_kind, home.position_kind)}
+        if config.position_kind == home.position_kind:
+            try:
+                stock = home.to_config(config)
+            except StrictDataclassError as error:
+                reasons.append(f"{home.name} refuses it: {error}")
+                continue
+            in_the_way = _carry(home, config, stock)
+            if not in_the_way:
+                stock.architectures = [home.classes[task]]
+                return home, stock
+        keys = keys or tuple(in_the_way)
+        wants = ", ".join(f"{key} {theirs!r} (here {ours!r})" for key, (ours, theirs) in in_the_way.items())
+        reasons.append(f"{home.name} would need {wants}")
+    why = "; ".join(reasons)
+    raise NoStockHome(f"no stock architecture holds this model: {why}. Change these, or save it with its code", keys)
+
+
+def _carry(home: Home, config: LoomConfig, stock: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:
+    """Copy onto the stock config what has no field there; return the keys that it cannot hold."""
+    _copy_common(config, stock)
+    lost = differing(own_fields(config), own_fields(home.from_config(stock)))
+    aside = {key: ours for key, (ours, _) in lost.items() if key in KEPT_ASIDE}
+    if aside:
+        setattr(stock, EXTRA_KEY, aside)
+    return {key: values for key, values in lost.items() if key not in KEPT_ASIDE}
+
+
+def _copy_common(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    for key in COMMON_KEYS:
+        setattr(target, key, getattr(source, key))
+
+
+def _refuse_differences(home: Home, stock: PreTrainedConfig, back: PreTrainedConfig) -> None:
+    """Refuse a stock config with a value that Loom has no switch for: it would not come back."""
+    given, returned = (
+        home.normal({key: value for key, value in own_fields(config).items() if key not in home.unread})
+        for config in (stock, back)
+    )
+    lost = differing(given, returned)
+    if lost:
+        wants = ", ".join(f"{key} {theirs!r} (Loom can hold {ours!r})" for key, (theirs, ours) in lost.items())
+        raise ValueError(f"this {home.name} model has values that Loom has no switch for: {wants}")

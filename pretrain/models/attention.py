@@ -1,0 +1,135 @@
+"""Attention: rotary positions, the backends by name, and the table of what each backend can hold.
+
+A backend takes queries, keys and values of shape (B, heads, length, head_dim) and one `AttentionMask`, and returns the
+mixed values (B, Q, heads, head_dim) with the probabilities or None. Masks are built in `masks.py`, projections live in
+`layers.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .configuration_loom import LoomConfig
+from .cpu_kernels import cpu_attention, cpu_rotary, fits_cpu_attention
+from .masks import AttentionMask
+
+RotaryTables = tuple[Tensor, Tensor]
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> RotaryTables:
+    """Cosines and sines of the rotary angles: (B, L) positions -> two (B, L, 1, head_dim / 2) float32 tensors.
+
+    Su et al. 2021 (arXiv 2104.09864), in the form where dimension i turns with dimension i + head_dim / 2. Computed
+    from the config at each forward: a stored table would be a buffer, which loading leaves uninitialised.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids[..., None].float() / theta**exponents
+    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+
+
+def apply_rotary(states: Tensor, tables: RotaryTables) -> Tensor:
+    """Turn (B, L, heads, head_dim) states by their positions; computed in float32, returned in the states' dtype."""
+    cosine, sine = tables
+    if states.device.type == "cpu" and states.shape[1] >= 16 and not torch.compiler.is_compiling():
+        return cpu_rotary(states, cosine, sine)
+    first, second = states.to(torch.promote_types(states.dtype, torch.float32)).chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned.to(states.dtype)
+
+
+def repeat_key_values(states: Tensor, groups: int) -> Tensor:
+    """Give each query head its own copy: (B, key-value heads, L, D) -> (B, key-value heads * groups, L, D)."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """The reference: softmax(q k^T scale + mask) v, with the probabilities (B, heads, Q, K)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_key_values(key, groups), repeat_key_values(value, groups)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    additive = mask.additive(scores.dtype)
+    if additive is not None:
+        scores = scores + additive
+    elif mask.causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    weights = functional.dropout(weights, p=dropout, training=dropout > 0.0)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's fused kernels; on a CPU, for rows they serve badly, our own matrix products (`cpu_attention`)."""
+    groups = query.shape[1] // key.shape[1]
+    if query.device.type == "cpu" and groups > 1:  # the CPU kernels have no grouped form
+        key, value, groups = repeat_key_values(key, groups), repeat_key_values(value, groups), 1
+    if fits_cpu_attention(query, key, mask, dropout):
+        return cpu_attention(query, key, value, mask, scale).transpose(1, 2), None
+    allowed = mask.additive(query.dtype) if mask.bias is not None else mask.allowed
+    mixed = functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=allowed,
+        dropout_p=dropout,
+        is_causal=mask.causal and allowed is None,
+        scale=scale,
+        enable_gqa=groups > 1,
+    )
+    return mixed.transpose(1, 2), None
+
+
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"eager": eager_attention, "sdpa": sdpa_attention}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a backend can hold. Every entry is backed by a test."""
+
+    devices: tuple[str, ...] | None  # None = any
+    weights: bool  # returns the attention probabilities
+    dropout: bool
+    packed: bool  # documents of one row isolated
+    padded: bool
+    additive: bool  # a caller's own 4D additive mask
+    local_window: bool
+    grouped_heads: bool
+    speed: int  # the highest that fits is taken
+
+
+CAPABILITIES: dict[str, Capability] = {
+    "eager": Capability(None, True, True, True, True, True, True, True, speed=0),
+    "sdpa": Capability(None, False, True, True, True, True, True, True, speed=1),
+}
+
+
+def pick_backend(config: LoomConfig, device: torch.device | str, *, need_weights: bool = False) -> tuple[str, str]:
+    """The fastest backend that holds this config on this device, with the reason in words for the log.
+
+    `need_weights` asks for the attention probabilities, which only some backends return.
+    """
+    kind = torch.device(device).type
+    needs = {
+        "attention weights asked for": ("weights", need_weights),
+        "attention_dropout": ("dropout", config.attention_dropout > 0),
+        "local_window": ("local_window", config.local_window is not None),
+        "num_key_value_heads": ("grouped_heads", config.num_key_value_heads != config.num_attention_heads),
+    }
+    reasons: list[str] = []
+    for name, can in sorted(CAPABILITIES.items(), key=lambda item: -item[1].speed):
+        lacks = [key for key, (ability, needed) in needs.items() if needed and not getattr(can, ability)]
+        if can.devices is not None and kind not in can.devices:
+            lacks.append(f"device {kind}")
+        if not lacks:
+            chosen = f"fastest backend that holds this model on {kind}"
+            return name, "; ".join([*reasons, chosen])
+        reasons.append(f"{name} cannot hold: {', '.join(lacks)}")
+    raise ValueError("no attention backend holds this model: " + "; ".join(reasons))

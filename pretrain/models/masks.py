@@ -1,0 +1,169 @@
+"""Which position may look at which: attention masks, built once per forward and layer kind; positions of packed rows.
+
+Nothing here computes attention. Padding positions look at themselves alone, so no row of scores is ever empty (an
+empty row is where softmax gives NaN), and documents of one row are closed to each other.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .configuration_loom import LoomConfig
+
+
+@dataclass
+class AttentionMask:
+    """What one kind of layer may look at.
+
+    allowed: (B or 1, heads or 1, Q, K) bool, True = may look; None = everything (below the diagonal if `causal`).
+    bias: the same shape, floating point, added to the scores (a caller's own additive mask); excludes `allowed`.
+    causal: nothing above the diagonal is allowed, and queries and keys are the same positions (Q = K).
+    """
+
+    allowed: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool = False
+    _additive: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+
+    def additive(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask as a summand of the scores in `dtype`, made once and kept: 0 where allowed, else the lowest number.
+
+        The lowest finite number, not minus infinity: a row without any allowed key then gives numbers, not NaN.
+        """
+        if self.allowed is None and self.bias is None:
+            return None
+        if dtype not in self._additive:
+            lowest = torch.finfo(dtype).min
+            if self.bias is not None:
+                self._additive[dtype] = self.bias.clamp(min=lowest).to(dtype).clamp(min=lowest)
+            else:
+                assert self.allowed is not None
+                zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+                self._additive[dtype] = zeros.masked_fill_(~self.allowed, lowest)
+        return self._additive[dtype]
+
+
+def build_masks(
+    config: LoomConfig,
+    *,
+    causal: bool,
+    length: int,
+    past_length: int | Tensor,
+    key_length: int,
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> dict[str, AttentionMask]:
+    """One mask for each kind of layer that the config has ("global", "local").
+
+    attention_mask: (B, keys so far) with 1 = token, 0 = padding; or (B or 1, heads or 1, Q, K), bool (True = may look)
+    or added to the scores, which replaces the causal and padding rules and leaves the local window in force.
+    document_ids: (B, L), 0 = padding, 1.. = piece of the row. Raises ValueError for shapes that do not fit.
+    """
+    kinds = sorted(set(config.attention_kinds))
+    if attention_mask is not None and attention_mask.dim() == 4:
+        base = _given_mask(attention_mask, document_ids, length, key_length)
+        indices = _indices(length, past_length, key_length, device)
+        return {kind: _with_window(base, config, kind, causal, *indices) for kind in kinds}
+    same_positions = isinstance(past_length, int) and past_length == 0 and key_length == length
+    if document_ids is not None and not same_positions:
+        raise ValueError("document_ids describe whole rows and cannot be used with a filled key-value cache")
+    allowed = _open_keys(attention_mask, document_ids, length, past_length, key_length, device)
+    queries, keys = _indices(length, past_length, key_length, device)
+    if causal and allowed is not None:
+        allowed = allowed & (keys <= queries)
+    elif causal and not same_positions and not _sees_all(length, past_length, key_length):
+        allowed = (keys <= queries)[None, None]
+    base = AttentionMask(allowed=allowed, causal=causal and same_positions)
+    return {kind: _with_window(base, config, kind, causal, queries, keys) for kind in kinds}
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Positions that restart with each piece: (B, L) document ids, 0 = padding -> (B, L) int64, padding 0."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    first = torch.where(starts, index, 0).cummax(dim=1).values
+    return (index - first).masked_fill(document_ids == 0, 0)
+
+
+def _indices(length: int, past_length: int | Tensor, key_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions in the row of the queries (Q, 1) and of the keys (1, K)."""
+    queries = torch.arange(length, device=device) + past_length
+    return queries[:, None], torch.arange(key_length, device=device)[None, :]
+
+
+def _sees_all(length: int, past_length: int | Tensor, key_length: int) -> bool:
+    """One new token after a cache that holds no free slots: it may look at every key."""
+    return length == 1 and isinstance(past_length, int) and key_length == past_length + 1
+
+
+def _open_keys(
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    length: int,
+    past_length: int | Tensor,
+    key_length: int,
+    device: torch.device,
+) -> Tensor | None:
+    """(B, 1, Q, K) bool from padding and documents; None when every position is a token of one document."""
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must have 2 or 4 dimensions, got shape {tuple(attention_mask.shape)}")
+    allowed = None
+    if attention_mask is not None and not _all_true(attention_mask == 1):
+        tokens = attention_mask.to(device=device, dtype=torch.bool)
+        if tokens.shape[1] < key_length:  # a cache of fixed size has slots that are not written yet
+            tokens = torch.nn.functional.pad(tokens, (0, key_length - tokens.shape[1]), value=False)
+        if tokens.shape[1] != key_length:
+            raise ValueError(f"attention_mask covers {tokens.shape[1]} positions, the keys are {key_length}")
+        allowed = tokens[:, None, None, :]
+    if document_ids is not None and not _all_true(document_ids == document_ids[:, :1].clamp(min=1)):
+        same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+        same = same & (document_ids != 0)[:, None, None, :]
+        allowed = same if allowed is None else allowed & same
+    if allowed is None:
+        return None
+    queries, keys = _indices(length, past_length, key_length, device)
+    return allowed | (queries == keys)
+
+
+def _all_true(mask: Tensor) -> bool:
+    """Whether a mask hides nothing. Asked only where the answer costs no wait for a busy device."""
+    if torch.compiler.is_compiling() or (mask.device.type != "cpu" and torch.is_grad_enabled()):
+        return False
+    return bool(mask.all())
+
+
+def _given_mask(mask: Tensor, document_ids: Tensor | None, length: int, key_length: int) -> AttentionMask:
+    if document_ids is not None:
+        raise ValueError("give a 4D attention_mask or document_ids, not both: the 4D mask already says who sees whom")
+    if mask.shape[-2:] != (length, key_length):
+        raise ValueError(f"4D attention_mask ends in {tuple(mask.shape[-2:])}, expected {(length, key_length)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"4D attention_mask must be bool or floating point, got {mask.dtype}")
+    if mask.dtype == torch.bool:
+        return AttentionMask(allowed=mask | ~mask.any(dim=-1, keepdim=True))
+    return AttentionMask(bias=mask)
+
+
+def _with_window(
+    base: AttentionMask, config: LoomConfig, kind: str, causal: bool, queries: Tensor, keys: Tensor
+) -> AttentionMask:
+    """The base mask narrowed to the local window, for local layers; rows shorter than the window need none."""
+    if kind == "global":
+        return base
+    assert config.local_window is not None
+    reach = config.local_window - 1 if causal else config.local_window // 2
+    if keys.shape[1] <= reach + 1:
+        return base
+    near = queries - keys <= reach  # (Q, K)
+    if not causal:
+        near = near & (keys - queries <= reach)
+    if base.bias is not None:
+        return AttentionMask(bias=base.bias.masked_fill(~near, torch.finfo(base.bias.dtype).min))
+    if base.allowed is not None:
+        return AttentionMask(allowed=base.allowed & near, causal=base.causal)
+    if base.causal:
+        near = near & (keys <= queries)
+    return AttentionMask(allowed=near[None, None], causal=base.causal)

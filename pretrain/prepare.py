@@ -1,0 +1,538 @@
+"""The verb `prepare`: text and a tokenizer in, token shards with train and validation splits out.
+
+What lives here: the work on parts, who does it, how far it is, and the artifact at the end. What must not: how text
+is read, cut or packed (`pretrain.data`). This is the door to datatrove: its executor runs our reader and our writer.
+
+Each part is written whole or not at all, and marked when it is finished. A preparation that was stopped goes on with
+the parts that are not, whatever the number of workers; the shards' bytes depend on the text and the configuration
+alone. Unfinished work lies in `<out>/<name>/data.unfinished`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import types
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datatrove.data import Document as PipelineDocument
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger as datatrove_logger
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from pretrain.config import RunConfig
+from pretrain.data.documents import ReadReport, SourceFile, read_documents
+from pretrain.data.loader import LoadedSplit, layout_of
+from pretrain.data.parts import Part, Plan, input_files, make_plan
+from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, ShardWriter
+from pretrain.data.splits import TRAIN, VALIDATION
+from pretrain.data.vocabulary import SpecialIds, read_vocabulary
+from pretrain.files import (
+    ArtifactError,
+    Manifest,
+    read_manifest,
+    replace_file,
+    sha256_file,
+    sync_directory,
+    verify_manifest,
+    write_manifest,
+)
+
+Report = Callable[[int, int], None]
+"""Called with (done, total) while parts are worked on, in bytes of input (rows of Hub datasets)."""
+
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 8192
+_NAMED_PROBLEMS = 20
+
+
+def prepare_data(
+    config: RunConfig, *, max_bytes: int | None = None, console: Console | None = None, report: Report | None = None
+) -> Path:
+    """Turn the run's text into token shards under `<out>/<name>/data`; return that directory.
+
+    What is there and unchanged is kept. What an earlier call left unfinished is gone on with.
+
+    Args:
+        config: the run configuration; `data` and the run's tokenizer decide the result.
+        max_bytes: for trials: read about this much text of each split.
+        console: where progress and a summary are shown; None is silent.
+        report: called with (done, total) besides.
+
+    Raises:
+        ArtifactError: when the tokenizer is missing or altered, or the directory holds data of another configuration.
+        ValueError: when the text cannot be read as configured, or a split would be empty; names the key.
+    """
+    directory, work = config.directory / "data", config.directory / "data.unfinished"
+    if is_prepared(config, max_bytes=max_bytes):
+        return directory
+    if directory.exists():
+        raise ArtifactError(
+            f"`{directory}` holds data of another configuration, text or tokenizer; give another name=, or remove it"
+        )
+    tokenizer = config.directory / "tokenizer"
+    manifest = read_manifest(tokenizer, "tokenizer")
+    verify_manifest(tokenizer, manifest)
+    vocabulary = read_vocabulary(tokenizer)
+    seen = _seen(config)
+    plan = make_plan(config.data, str(tokenizer), manifest.digest, vocabulary.vocab_size, max_bytes)
+    _start_or_go_on(work, plan)
+    unfinished = [number for number, part in enumerate(plan.parts) if not _is_finished(work, part)]
+    if unfinished:
+        _work_on(work, plan, unfinished, _workers(config), console, report)
+    made = _finish(config, work, plan, vocabulary, seen)
+    (work / "data").rename(directory)
+    sync_directory(directory.parent)
+    shutil.rmtree(work)
+    _summarise(config, made, console)
+    return directory
+
+
+def is_prepared(config: RunConfig, *, max_bytes: int | None = None) -> bool:
+    """Whether the run's data is there and was made from this configuration, this text and this tokenizer.
+
+    Files whose size and time are as they were are taken as unchanged; others are read again.
+    """
+    try:
+        made = read_manifest(config.directory / "data", "data")
+        tokenizer = read_manifest(config.directory / "tokenizer", "tokenizer").digest
+    except ArtifactError:
+        return False
+    if made.config != _config_of(config, max_bytes) or made.inputs.get("tokenizer") != tokenizer:
+        return False
+    if made.facts["inputs_seen"] == _seen(config):
+        return True
+    plan = make_plan(config.data, "", tokenizer, made.facts["tokenizer"]["vocab_size"], max_bytes)
+    return made.inputs == {**plan.inputs(), "tokenizer": tokenizer}
+
+
+def _config_of(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
+    """The keys that decide the shards, as JSON would give them back."""
+    keys = config.data.model_dump(mode="json", exclude={"sequence_length", "max_documents_per_row", "workers"})
+    plain: dict[str, Any] = json.loads(json.dumps({**keys, "max_bytes": max_bytes}))
+    return plain
+
+
+def _seen(config: RunConfig) -> dict[str, str]:
+    """Size and time of every input file."""
+    seen = {}
+    for files in input_files(config.data).values():
+        for file in files:
+            if file.format != "hub":
+                status = os.stat(file.path)
+                seen[file.name] = f"{status.st_size} {status.st_mtime_ns}"
+    return seen
+
+
+def _workers(config: RunConfig) -> int:
+    """Cores to use."""
+    if config.data.workers == "auto":
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.data.workers
+
+
+# --- unfinished work ------------------------------------------------------------------------------------------------
+
+
+def _start_or_go_on(work: Path, plan: Plan) -> None:
+    """Keep what an earlier call finished under the same plan; remove what it did under another."""
+    path = work / "plan.json"
+    if path.is_file():
+        try:
+            if Plan.from_json(json.loads(path.read_text(encoding="utf-8"))).digest == plan.digest:
+                return
+        except (json.JSONDecodeError, TypeError, KeyError):
+            pass  # cut off, or of another version: worth nothing
+    if work.exists():
+        shutil.rmtree(work)
+    for folder in ("data", "parts"):
+        (work / folder).mkdir(parents=True)
+    replace_file(path, json.dumps(plan.to_json()).encode())
+
+
+def _marker(work: Path, part: Part) -> Path:
+    return work / "parts" / f"{part.name}.json"
+
+
+def _is_finished(work: Path, part: Part) -> bool:
+    """Whether the part is marked as finished and its shards are what the mark says, byte for byte."""
+    path = _marker(work, part)
+    if not path.is_file():
+        return False
+    for shard in json.loads(path.read_text(encoding="utf-8"))["shards"]:
+        for suffix, digest in ((TOKENS_SUFFIX, shard["digest"]), (INDEX_SUFFIX, shard["index_digest"])):
+            file = work / "data" / (shard["name"] + suffix)
+            if not file.is_file() or sha256_file(file) != digest:
+                return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _read_plan(path: str, digest: str) -> Plan:
+    plan = Plan.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    assert plan.digest == digest
+    return plan
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(directory: str, digest: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # A text that spells a special token gets the ids of its characters, not the special id.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+# --- the pipeline of a part -----------------------------------------------------------------------------------------
+
+
+class _PartStep(PipelineStep):  # type: ignore[misc]
+    """A step that knows its part: rank r works on the r-th unfinished one. Small, as it travels to each worker."""
+
+    def __init__(self, work: Path, plan: Plan, unfinished: list[int]) -> None:
+        super().__init__()
+        self.work, self.digest, self.unfinished = str(work), plan.digest, unfinished
+
+    def plan_and_part(self, rank: int) -> tuple[Plan, Part]:
+        plan = _read_plan(str(Path(self.work) / "plan.json"), self.digest)
+        return plan, plan.parts[self.unfinished[rank]]
+
+
+class ReadPart(_PartStep):
+    """Yields the documents of a part, each with the split it goes to and its file."""
+
+    name = "read"
+    type = "reader"
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[PipelineDocument]:
+        """Read the part's pieces in order."""
+        plan, part = self.plan_and_part(rank)
+        progress = _open_progress(Path(self.work))
+        done = size = 0
+        for piece in part.pieces:
+            file = plan.files[piece.file]
+            read = ReadReport()
+            split_of = plan.split_of(part, piece)
+            documents = read_documents(
+                file,
+                document=plan.document,
+                text_field=plan.text_field,
+                byte_range=piece.byte_range,
+                report=read,
+            )
+            for whole in documents:
+                for split, document in split_of(whole):
+                    metadata = {"split": split, "file": piece.file}
+                    yield PipelineDocument(document.text, f"{file.name}:{document.position}", metadata=metadata)
+                progress[self.unfinished[rank]] = done + read.consumed
+                size += len(whole.text)
+                if plan.max_bytes is not None and size >= plan.max_bytes:
+                    break
+            done += _weight(file, piece.byte_range)
+            progress[self.unfinished[rank]] = done
+            yield PipelineDocument("", "", metadata={"read": read, "file": piece.file})
+
+
+def _weight(file: SourceFile, byte_range: tuple[int, int] | None) -> int:
+    return byte_range[1] - byte_range[0] if byte_range is not None else file.bytes
+
+
+class WriteShards(_PartStep):
+    """Encodes documents in batches, without special tokens, and writes one shard a split; then marks the part."""
+
+    name = "tokenise and write"
+    type = "writer"
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[PipelineDocument]:
+        """Write the part, and mark it as finished. Yields nothing."""
+        plan, part = self.plan_and_part(rank)
+        tokenizer = _load_tokenizer(plan.tokenizer, plan.tokenizer_digest)
+        work = Path(self.work)
+        counts = _Counts(plan)
+        writers: dict[str, ShardWriter] = {}
+        with ExitStack() as stack:
+            for batch in _batches(data, counts):
+                encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+                ids = [encoding.ids for encoding in encodings]
+                for split in dict.fromkeys(document.metadata["split"] for document in batch):
+                    if split not in writers:
+                        name = f"{split}/part-{part.number:05d}"
+                        writer = ShardWriter(work / "data" / name, name, plan.vocab_size)
+                        writers[split] = stack.enter_context(writer)
+                    chosen = [place for place, document in enumerate(batch) if document.metadata["split"] == split]
+                    lengths = [len(ids[place]) for place in chosen]
+                    sizes = [len(batch[place].text.encode("utf-8")) for place in chosen]
+                    writers[split].add(
+                        np.frombuffer(array("I", chain.from_iterable(ids[place] for place in chosen)), dtype=np.uint32),
+                        np.array(lengths, dtype=np.int64),
+                        sum(sizes),
+                    )
+                    for place, length, size in zip(chosen, lengths, sizes, strict=True):
+                        counts.add(batch[place].metadata["file"], split, length, size)
+        shards = [asdict(writer.facts()) for writer in writers.values()]
+        mark = {"shards": shards, "files": counts.files, "bad": counts.named}
+        replace_file(_marker(work, part), json.dumps(mark).encode())
+        yield from ()
+
+
+class _Counts:
+    """Documents, tokens, bytes, and what was bad, by file of a part."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.files: dict[str, dict[str, Any]] = {}
+        self.named: list[str] = []
+        self._plan = plan
+
+    def _of(self, file: int) -> dict[str, Any]:
+        return self.files.setdefault(self._plan.files[file].name, {"bad": 0, "empty": 0, "splits": {}})
+
+    def add(self, file: int, split: str, tokens: int, size: int) -> None:
+        counts = self._of(file)["splits"].setdefault(split, {"documents": 0, "tokens": 0, "bytes": 0})
+        counts["documents"] += 1
+        counts["tokens"] += tokens
+        counts["bytes"] += size
+
+    def note(self, file: int, read: ReadReport) -> None:
+        counts = self._of(file)
+        counts["bad"] += read.bad
+        counts["empty"] += read.empty
+        self.named.extend(read.named[: _NAMED_PROBLEMS - len(self.named)])
+
+
+def _batches(documents: Iterator[PipelineDocument], counts: _Counts) -> Iterator[list[PipelineDocument]]:
+    """Documents in lists that keep the tokenizer's threads busy; the reports between them go to `counts`."""
+    batch: list[PipelineDocument] = []
+    size = 0
+    for document in documents:
+        if "read" in document.metadata:
+            counts.note(document.metadata["file"], document.metadata["read"])
+            continue
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- workers --------------------------------------------------------------------------------------------------------
+
+
+class _Executor(LocalPipelineExecutor):  # type: ignore[misc]
+    """datatrove's local executor, quiet, with the cores shared out between processes and the tokenizer's threads."""
+
+    def __init__(self, steps: list[PipelineStep], *, tasks: int, cores: int, logging_dir: str) -> None:
+        processes = min(cores, tasks)
+        super().__init__(steps, tasks=tasks, workers=processes, logging_dir=logging_dir, skip_completed=False)
+        self.threads = cores // processes
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        datatrove_logger.disable("datatrove")
+        with _environment(
+            TOKENIZERS_PARALLELISM="true" if self.threads > 1 else "false", RAYON_NUM_THREADS=str(self.threads)
+        ):
+            return super()._run_for_rank(rank, local_rank, node_rank)
+
+
+def _work_on(
+    work: Path, plan: Plan, unfinished: list[int], cores: int, console: Console | None, report: Report | None
+) -> None:
+    """Run the unfinished parts and show how far they are."""
+    progress = _start_progress(work, plan, set(unfinished))
+    total = sum(part.weight for part in plan.parts)
+    steps = [ReadPart(work, plan, unfinished), WriteShards(work, plan, unfinished)]
+    logs = work / "logs"
+    executor = _Executor(steps, tasks=len(unfinished), cores=cores, logging_dir=str(logs))
+    with _shown(progress, total, console, report), _without_main_module():
+        datatrove_logger.disable("datatrove")
+        try:
+            executor.run()
+        finally:
+            datatrove_logger.enable("datatrove")
+    shutil.rmtree(logs, ignore_errors=True)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Hide the main module while workers start: they import this file, and must not run the caller's script again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _open_progress(work: Path) -> npt.NDArray[np.int64]:
+    """How far each part is, shared by all processes through a mapped file."""
+    return np.memmap(work / "progress", dtype=np.int64, mode="r+")
+
+
+def _start_progress(work: Path, plan: Plan, unfinished: set[int]) -> npt.NDArray[np.int64]:
+    done = [0 if number in unfinished else part.weight for number, part in enumerate(plan.parts)]
+    np.array(done, dtype=np.int64).tofile(work / "progress")
+    return _open_progress(work)
+
+
+@contextmanager
+def _shown(
+    progress: npt.NDArray[np.int64], total: int, console: Console | None, report: Report | None
+) -> Iterator[None]:
+    """Tell a bar and `report` how far the work is, a few times a second, from a thread."""
+    stop = threading.Event()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=console is None)
+    task = bar.add_task("preparing", total=total)
+
+    def show() -> None:
+        while True:
+            last = stop.wait(0.2)
+            done = min(int(progress.sum()), total)
+            bar.update(task, completed=done)
+            if report is not None:
+                report(done, total)
+            if last:
+                return
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    with bar:
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+# --- the artifact ---------------------------------------------------------------------------------------------------
+
+
+def _finish(config: RunConfig, work: Path, plan: Plan, vocabulary: SpecialIds, seen: dict[str, str]) -> Manifest:
+    """Check the splits and write the manifest, and a line for each input file in `files.jsonl`."""
+    marks = [json.loads(_marker(work, part).read_text(encoding="utf-8")) for part in plan.parts]
+    shards: dict[str, list[dict[str, Any]]] = {part.split: [] for part in plan.parts}
+    if plan.held_out is not None:
+        shards.setdefault(VALIDATION, [])
+    for mark in marks:
+        for shard in mark["shards"]:
+            shards[shard["name"].partition("/")[0]].append(shard)
+    files = _files(plan, marks)
+    named = list(chain.from_iterable(mark["bad"] for mark in marks))[:_NAMED_PROBLEMS]
+    _refuse_empty(config, shards, named)
+    data = work / "data"
+    digests = {
+        shard["name"] + suffix: shard[key]
+        for shard in chain.from_iterable(shards.values())
+        for suffix, key in ((TOKENS_SUFFIX, "digest"), (INDEX_SUFFIX, "index_digest"))
+    }
+    lines = "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in files)
+    replace_file(data / "files.jsonl", lines.encode())
+    (data / "manifest.json").unlink(missing_ok=True)
+    return write_manifest(
+        data,
+        kind="data",
+        config=_config_of(config, plan.max_bytes),
+        inputs={**plan.inputs(), "tokenizer": plan.tokenizer_digest},
+        files=digests,
+        facts={
+            "tokenizer": vocabulary.facts(),
+            "splits": {split: _split_facts(some) for split, some in shards.items()},
+            "parts": len(plan.parts),
+            "bad": {"count": sum(file["bad"] for file in files), "named": named},
+            "empty": sum(file["empty"] for file in files),
+            "inputs_seen": seen,
+        },
+    )
+
+
+def _split_facts(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
+    return {**totals, "shards": shards}
+
+
+def _files(plan: Plan, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What became of each input file, over all its parts."""
+    files: dict[str, dict[str, Any]] = {
+        file.name: {"name": file.name, "sha256": digest, "bad": 0, "empty": 0, "splits": {}}
+        for file, digest in zip(plan.files, plan.digests, strict=True)
+    }
+    for mark in marks:
+        for name, counts in mark["files"].items():
+            files[name]["bad"] += counts["bad"]
+            files[name]["empty"] += counts["empty"]
+            for split, part in counts["splits"].items():
+                total = files[name]["splits"].setdefault(split, dict.fromkeys(part, 0))
+                for key, value in part.items():
+                    total[key] += value
+    return list(files.values())
+
+
+def _refuse_empty(config: RunConfig, shards: dict[str, list[dict[str, Any]]], named: list[str]) -> None:
+    """Raise ValueError when a split has no tokens."""
+    tokens = {split: sum(shard["tokens"] for shard in some) for split, some in shards.items()}
+    if not any(tokens.values()):
+        first = f"; the first problem: {named[0]}" if named else ""
+        raise ValueError(f"data.train: {list(config.data.train)} gave no tokens at all{first}")
+    for split, count in tokens.items():
+        if not count and split == TRAIN:
+            raise ValueError("data.validation: nothing is left to train on; hold out less, or give validation files")
+        if not count:
+            documents = sum(shard["documents"] for some in shards.values() for shard in some)
+            raise ValueError(
+                f"data.validation: split `{split}` is empty (of {documents} documents none is held out); hold out a "
+                "larger fraction, use {tail: 0.1}, name validation files, or cut the text into more documents "
+                "with data.document"
+            )
+
+
+def _summarise(config: RunConfig, made: Manifest, console: Console | None) -> None:
+    """Plan the rows of the run's own length now, so that training starts at once, and show what came out."""
+    for split, facts in made.facts["splits"].items():
+        plan = LoadedSplit(
+            config.directory / "data",
+            split,
+            config.kind or layout_of(config.objective),
+            config.data.sequence_length,
+            config.data.max_documents_per_row,
+        ).plan
+        if console is not None:
+            console.print(
+                f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
+                f"{facts['bytes'] / max(1, facts['tokens']):.2f} bytes a token; {plan.num_rows:,} rows of "
+                f"{config.data.sequence_length}, {plan.utilisation:.2%} used",
+                highlight=False,
+            )
+    bad = made.facts["bad"]
+    if console is not None and bad["count"]:
+        console.print(f"skipped {bad['count']:,} bad lines or rows; the first: {bad['named'][0]}", highlight=False)

@@ -1,0 +1,326 @@
+"""The verb `run`: every stage of the road, one after another, skipping what is made and unchanged.
+
+What lives here: the order of the stages, what makes one stale, and the dry run. What must not: any stage's work.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.config import BUDGETS, ConfigError, RunConfig, config_to_dict, difference, dump_config, parse_yaml
+from pretrain.evaluate import evaluate_run
+from pretrain.export import export_model
+from pretrain.files import (
+    ArtifactError,
+    commit_directory,
+    read_manifest,
+    replace_file,
+    write_json,
+    write_manifest,
+)
+from pretrain.prepare import is_prepared, prepare_data
+from pretrain.runtime import describe_machine, peak_memory_bytes
+from pretrain.tokenizer import is_trained, train_tokenizer
+from pretrain.train import build_trainer, train
+from pretrain.training.trainer import steps_of
+
+_FOLDERS = {"evaluate": "report", "export": "export"}
+STAGES = ("tokenizer", "data", "train", "evaluate", "export")
+_DRY_RUN_BYTES = 4_000_000
+
+# The first stage that a key touches, longest prefix first; what follows a stage is touched with it.
+_TOUCHES = {
+    "tokenizer": "tokenizer",
+    "data": "tokenizer",
+    "data.validation": "tokenizer",
+    "data.sequence_length": "train",
+    "data.max_documents_per_row": "train",
+    "data.workers": None,
+    "model": "train",
+    "objective": "train",
+    "optimizer": "train",
+    "schedule": "train",
+    "train": "train",
+    "checkpoint": "train",
+    "evaluate": "train",
+    "log": None,
+    "out": None,
+    "export": "export",
+}
+
+
+class ChangedConfigError(ConfigError):
+    """A run of this name exists with another configuration; the message lists the difference and what it touches."""
+
+
+def run(config: RunConfig, *, fresh: bool = False, console: Console | None = None) -> int:
+    """Make every artifact of a run that is not there yet; return the exit code (75: stopped and saved).
+
+    Args:
+        config: the run configuration.
+        fresh: archive what lies under this name, and start anew.
+        console: where progress is shown.
+
+    Raises:
+        ChangedConfigError: when the name was used with another configuration.
+    """
+    console = console or Console(stderr=True)
+    directory = config.directory
+    if fresh and directory.exists():
+        console.print(f"archived the old run as {archive(directory)}", highlight=False)
+    refuse_changed(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "config.yaml").is_file():
+        replace_file(directory / "config.yaml", dump_config(config).encode())
+    for stage in STAGES:
+        if is_made(config, stage):
+            console.print(f"{stage}: made already, unchanged", highlight=False)
+        elif code := _make(config, stage, console):
+            return code
+    console.print(summary_table([directory]))
+    return 0
+
+
+def refuse_changed(config: RunConfig) -> None:
+    """Compare with the configuration that this name was used with.
+
+    Raises:
+        ChangedConfigError: lists every key that differs, the stages it touches, and the remedy.
+    """
+    saved = config.directory / "config.yaml"
+    if not saved.is_file():
+        return
+    old = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
+    touched = {
+        key: (before, after, stage)
+        for key, (before, after) in difference(old, json.loads(json.dumps(config_to_dict(config)))).items()
+        if (stage := _first_stage(key)) is not None
+    }
+    if not touched:
+        return
+    lines = [
+        f"  {key}: {before!r} -> {after!r} (touches {', '.join(STAGES[STAGES.index(stage) :])})"
+        for key, (before, after, stage) in touched.items()
+    ]
+    raise ChangedConfigError(
+        f"`{config.directory}` was made with another configuration:\n"
+        + "\n".join(lines)
+        + f"\nGive this one another name (name={config.name}-2), or archive the old one with --fresh."
+    )
+
+
+def _first_stage(key: str) -> str | None:
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        if prefix in _TOUCHES:
+            return _TOUCHES[prefix]
+    return STAGES[0]
+
+
+def archive(directory: Path) -> Path:
+    """Move a run aside under a name that says when; return the new place."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    target = directory.with_name(f"{directory.name}.archived-{stamp}")
+    number = 2
+    while target.exists():
+        target = directory.with_name(f"{directory.name}.archived-{stamp}-{number}")
+        number += 1
+    directory.rename(target)
+    return target
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def is_made(config: RunConfig, stage: str) -> bool:
+    """Whether a stage's artifact is there, whole, and made from what is there now."""
+    directory = config.directory
+    if stage == "tokenizer":
+        return is_trained(config)
+    if stage == "data":
+        return is_prepared(config)
+    checkpoint = _final_checkpoint(directory)
+    if checkpoint is None or stage == "train":
+        return checkpoint is not None
+    try:
+        made_from = read_manifest(directory / _FOLDERS[stage], stage).inputs["checkpoint"]
+    except ArtifactError:
+        return False
+    return bool(made_from == read_manifest(checkpoint, "checkpoint").digest)
+
+
+def _final_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of a run that trained to its end."""
+    result = directory / "train" / "result.json"
+    if not result.is_file():
+        return None
+    path = directory / "train" / "checkpoints" / json.loads(result.read_text(encoding="utf-8"))["checkpoint"]
+    return path if path.is_dir() else None
+
+
+def _make(config: RunConfig, stage: str, console: Console) -> int:
+    console.rule(f"[bold]{config.name}: {stage}")
+    if stage == "tokenizer":
+        train_tokenizer(config, console=console)
+    elif stage == "data":
+        prepare_data(config, console=console)
+    elif stage == "train":
+        return train(config, console=console)
+    elif stage == "evaluate":
+        _evaluate(config, console)
+    else:
+        _export(config, console)
+    return 0
+
+
+def _evaluate(config: RunConfig, console: Console) -> None:
+    checkpoint = _final_checkpoint(config.directory)
+    assert checkpoint is not None
+    scores = evaluate_run(config, checkpoint / "model", console=console)
+    with commit_directory(config.directory / _FOLDERS["evaluate"], replace=True) as temporary:
+        write_json(temporary / "scores.json", scores)
+        _write_manifest(config, "evaluate", temporary, checkpoint)
+
+
+def _export(config: RunConfig, console: Console) -> None:
+    checkpoint = _final_checkpoint(config.directory)
+    assert checkpoint is not None
+    out = config.directory / _FOLDERS["export"]
+    proof = export_model(
+        checkpoint,
+        out,
+        dtype=config.export.dtype,
+        max_shard_bytes=config.export.max_shard_bytes,
+        replace=True,
+        proof_file=config.directory / "report" / "logits.safetensors",
+    )
+    _write_manifest(config, "export", out, checkpoint)
+    console.print(proof.describe(), highlight=False)
+
+
+def _write_manifest(config: RunConfig, stage: str, directory: Path, checkpoint: Path) -> None:
+    inputs = {"checkpoint": read_manifest(checkpoint, "checkpoint").digest}
+    write_manifest(directory, kind=stage, config=config_to_dict(config)[stage], inputs=inputs)
+
+
+# --- what a person sees at the end ----------------------------------------------------------------------------------
+
+
+def summary_table(directories: list[Path]) -> Table:
+    """Speed, scores and places of finished runs, a column each."""
+    table = Table(title="runs", show_header=True)
+    table.add_column("")
+    rows: dict[str, list[str]] = {}
+    for number, directory in enumerate(directories):
+        table.add_column(directory.name, overflow="fold")
+        for label, value in _summary(directory).items():
+            cells = rows.setdefault(label, [])
+            cells += [""] * (number - len(cells))
+            cells.append(value)
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    return table
+
+
+def _summary(directory: Path) -> dict[str, str]:
+    result = json.loads((directory / "train" / "result.json").read_text(encoding="utf-8"))
+    scores = json.loads((directory / _FOLDERS["evaluate"] / "scores.json").read_text(encoding="utf-8"))
+    facts = {
+        "tokens trained": f"{result['tokens']:,}",
+        "training time": f"{result['seconds'] / 60:.1f} min",
+        "tokens/s": f"{result['tokens_per_second']:,.0f}",
+    }
+    for name, value in _flat_numbers(scores).items():
+        facts[name] = f"{value:.4f}"
+    places = {
+        "tokenizer": "tokenizer",
+        "data": "data",
+        "checkpoints": "train/checkpoints",
+        "metrics": "train/metrics.jsonl",
+    }
+    for label, place in (places | {"scores": "report/scores.json", "model": "export"}).items():
+        facts[label] = str(directory / place)
+    return facts
+
+
+def _flat_numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+    shown = ("loss", "accuracy", "bits_per_byte", "perplexity")
+    return {
+        f"{name} {key}".replace("_", " "): float(values[key])
+        for name, values in scores.items()
+        if isinstance(values, Mapping)
+        for key in shown
+        if values.get(key) is not None
+    }
+
+
+# --- the dry run ----------------------------------------------------------------------------------------------------
+
+
+def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
+    """One step, one save, one reload, one export on (a sample of) the real data; print memory and ETA; leave nothing.
+
+    What the run has made already is used; otherwise a tokenizer and shards are made from a sample of about 4 MB.
+    """
+    console = console or Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="pretrain-dry-run-") as folder:
+        trial = _trial(config, Path(folder))
+        _borrow_or_make(config, trial, console)
+        trainer = build_trainer(trial, console=console)
+        first = trainer.train()
+        again = build_trainer(trial, console=console)
+        resumed = again.train()
+        if not resumed.finished or resumed.progress != first.progress:
+            raise ArtifactError("the checkpoint of the first step did not read back as it was written")
+        proof = export_model(first.checkpoint, Path(folder) / "export", dtype=config.export.dtype)
+        seconds = trainer.measure_step()
+        device = trainer.device
+        total = steps_of(config, trainer.data.num_rows, seconds)
+        facts = {
+            "machine": describe_machine(device),
+            "parameters": f"{proof.parameters:,}",
+            "micro batch": f"{trainer.micro_batch} rows of {config.data.sequence_length} tokens",
+            "memory at most": f"{peak_memory_bytes(device) / 2**30:.2f} GiB",
+            "checkpoint": f"{_size(first.checkpoint) / 2**20:,.1f} MiB",
+            "a step": f"{seconds:.2f} s, {config.train.batch_tokens / seconds:,.0f} tokens/s",
+            "steps": f"{total:,}",
+            "ETA of training": f"{total * seconds / 3600:.2f} h",
+        }
+        table = Table(title=f"{config.name}: dry run", show_header=False)
+        for label, value in facts.items():
+            table.add_row(label, value)
+        console.print(table)
+
+
+def _trial(config: RunConfig, folder: Path) -> RunConfig:
+    train = config.train.model_copy(update={**dict.fromkeys(BUDGETS), "steps": 1})
+    evaluate = config.evaluate.model_copy(update={"max_tokens": config.train.batch_tokens})
+    log = config.log.model_copy(update={"to": ()})
+    update = {"out": str(folder), "train": train, "evaluate": evaluate, "log": log}
+    if config.tokenizer.from_ is None:
+        size = min(config.tokenizer.max_bytes, _DRY_RUN_BYTES)
+        update["tokenizer"] = config.tokenizer.model_copy(update={"max_bytes": size})
+    return config.model_copy(update=update)
+
+
+def _borrow_or_make(config: RunConfig, trial: RunConfig, console: Console) -> None:
+    trial.directory.mkdir(parents=True)
+    if is_trained(config) and is_prepared(config):
+        for name in ("tokenizer", "data"):
+            (trial.directory / name).symlink_to((config.directory / name).resolve(), target_is_directory=True)
+        return
+    train_tokenizer(trial, console=console)
+    prepare_data(trial, max_bytes=_DRY_RUN_BYTES, console=console)
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

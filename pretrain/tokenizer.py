@@ -1,0 +1,345 @@
+"""The verb `tokenizer`: text, or an existing tokenizer, to a directory that `AutoTokenizer` loads.
+
+What lives here: which documents are read, when the artifact is stale, the manifest. What must not: algorithms.
+
+A tokenizer learns from training documents alone: those that `data.validation` holds out are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from pretrain.config import DocumentStart, RunConfig, Source, TokenizerConfig, ValidationSplit
+from pretrain.data.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
+from pretrain.data.sources import SourceFile, digest_of_files, hash_files
+from pretrain.data.splits import TRAIN, Split, by_fraction, by_tail, by_tail_of_text
+from pretrain.data.vocabulary import read_vocabulary
+from pretrain.files import (
+    ArtifactError,
+    commit_directory,
+    read_manifest,
+    remove_leftovers,
+    sha256_file,
+    sha256_json,
+    verify_manifest,
+    write_bytes,
+    write_json,
+    write_manifest,
+)
+from pretrain.tokenization import TokenizerReport, draw_sample, fit_tokenizer, measure_tokenizer, write_tokenizer
+from pretrain.tokenization.report import REPORT_BYTES
+
+_log = logging.getLogger(__name__)
+KIND = "tokenizer"
+_CONFIG_FILE = "tokenizer_config.json"
+
+
+def train_tokenizer(config: RunConfig, *, console: Console | None = None) -> Path:
+    """Make `<out>/<name>/tokenizer`, or leave it when it is made and unchanged; return its path.
+
+    With `tokenizer.from` an existing tokenizer is taken over as it is. A `model.from` without `tokenizer.from` takes
+    the model's own.
+
+    Raises:
+        ArtifactError: when one stands there that was made with another configuration.
+        ValueError: when there is no text, the vocabulary is too small, or an existing tokenizer lacks what the
+            objective needs.
+    """
+    console = console or Console(stderr=True)
+    directory = config.directory / KIND
+    if is_trained(config):
+        return directory
+    _refuse_other(config, directory)
+    remove_leftovers(config.directory)
+    tokenizer = _effective(config)
+    if tokenizer.from_ is not None:
+        with commit_directory(directory, replace=True) as temporary:
+            take_tokenizer(tokenizer.from_, temporary, objective=config.objective.kind)
+            _manifest(config, temporary, None)
+        return directory
+    files = resolve_sources(config.data.train)
+    with commit_directory(directory, replace=True) as temporary:
+        report = make_tokenizer(
+            tokenizer,
+            files,
+            temporary,
+            architecture=_architecture(config),
+            model_max_length=_max_length(config),
+            document=config.data.document,
+            text_field=config.data.text_field,
+            split_of=lambda file: _split_of(config, file),
+            console=console,
+        )
+        _manifest(config, temporary, report)
+        write_report(temporary, report)
+    console.print(report.as_markdown(), highlight=False, markup=False, soft_wrap=True)
+    return directory
+
+
+def make_tokenizer(
+    tokenizer: TokenizerConfig,
+    files: Sequence[SourceFile],
+    directory: Path,
+    *,
+    architecture: str,
+    model_max_length: int,
+    document: str | DocumentStart = "auto",
+    text_field: str = "text",
+    split_of: Callable[[SourceFile], Split | None] = lambda file: None,
+    console: Console | None = None,
+) -> TokenizerReport:
+    """Read the files, train, write `tokenizer.json` and `tokenizer_config.json` into `directory`, measure.
+
+    Args:
+        split_of: gives a file's split into training and validation; None reads all of it.
+
+    Raises:
+        ValueError: when there is no text, or the vocabulary is too small.
+    """
+    started = time.perf_counter()
+    with _progress(console or Console(stderr=True)) as progress:
+        documents = _read(files, document, text_field, split_of, progress)
+        budget = tokenizer.max_bytes
+        if tokenizer.algorithm == "bytes":  # nothing is learnt: some text, for the report
+            budget, documents = REPORT_BYTES, _first_bytes(documents, REPORT_BYTES)
+        with draw_sample(documents, budget, tokenizer.seed, directory) as sample:
+            task = progress.add_task(f"training {tokenizer.algorithm}", total=None)
+            trained = fit_tokenizer(tokenizer, sample, architecture)
+            write_tokenizer(directory, trained, model_max_length=model_max_length)
+            progress.update(task, description="measuring")
+            report = measure_tokenizer(tokenizer.algorithm, trained, sample)
+    report.seconds = time.perf_counter() - started
+    report.peak_rss_bytes = _peak_rss_bytes()
+    return report
+
+
+def write_report(directory: Path, report: TokenizerReport) -> None:
+    """Write `report.json` and `report.md`; after the manifest, whose digest seconds and memory must not change."""
+    write_json(directory / "report.json", report.as_dict())
+    write_bytes(directory / "report.md", report.as_markdown().encode())
+
+
+def take_tokenizer(source: str, directory: Path, *, objective: str) -> None:
+    """Write an existing tokenizer (a Hub name or a directory) into `directory`.
+
+    Raises:
+        ValueError: when it cannot be loaded, is not a fast one, or lacks a token that the objective needs.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer.from: `{source}` cannot be loaded as a tokenizer: {error}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer.from: `{source}` has no tokenizer.json; convert it to a fast tokenizer first")
+    needs = ["mask_token"] if objective == "mlm" else []
+    borders = [("cls_token", "sep_token"), ("bos_token", "eos_token")] if objective == "mlm" else [("eos_token",)]
+    missing = [role for role in needs if getattr(tokenizer, role) is None]
+    if not any(all(getattr(tokenizer, role) is not None for role in pair) for pair in borders):
+        missing.append(" or ".join(" and ".join(pair) for pair in borders))
+    if missing:
+        raise ValueError(
+            f"tokenizer.from: `{source}` has no {', no '.join(missing)}, which objective.kind: {objective} needs; "
+            "add it with tokenizer.add_special_tokens and save_pretrained, and name that directory"
+        )
+    tokenizer.save_pretrained(directory)
+    written = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
+    if written.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4.57 does not know
+        written["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
+        written.pop(key, None)
+    for path in sorted(directory.iterdir()):  # written once more, flushed to the disk
+        if path.name == _CONFIG_FILE:
+            write_json(path, written)
+        else:
+            write_bytes(path, path.read_bytes())
+
+
+# --- stale or not ---------------------------------------------------------------------------------------------------
+
+
+def is_trained(config: RunConfig) -> bool:
+    """Whether the tokenizer is there, whole, and made with this configuration from the text that is there now."""
+    directory = config.directory / KIND
+    try:
+        manifest = read_manifest(directory, KIND)
+        verify_manifest(directory, manifest)
+    except ArtifactError:
+        return False
+    if manifest.config != _deciding(config):
+        return False
+    state = _sources_state(config)
+    # Hashing all text takes a while: it is spared when names, sizes and times are as they were.
+    return manifest.facts.get("sources_state") == state or manifest.inputs == _inputs(config)
+
+
+def _refuse_other(config: RunConfig, directory: Path) -> None:
+    if not directory.exists():
+        return
+    try:
+        made_with = read_manifest(directory, KIND).config
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; remove `{directory}`, or choose another name") from error
+    wanted = _deciding(config)
+    if changed := sorted(key for key in {*made_with, *wanted} if made_with.get(key) != wanted.get(key)):
+        details = "; ".join(f"{key}: {made_with.get(key)!r} -> {wanted.get(key)!r}" for key in changed)
+        raise ArtifactError(
+            f"`{directory}` was made with another configuration ({details}); choose another name=, or remove it"
+        )
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """The part of the configuration that decides the tokenizer."""
+    tokenizer = _effective(config)
+    if tokenizer.from_ is not None:
+        return {"from": tokenizer.from_, "objective": config.objective.kind}
+    plain: dict[str, Any] = tokenizer.model_dump(mode="json", by_alias=True, exclude={"from_"})
+    data = config.data.model_dump(mode="json")
+    named_files = not isinstance(config.data.validation, ValidationSplit)
+    return {
+        **plain,
+        "architecture": _architecture(config),
+        "model_max_length": _max_length(config),
+        "text": {key: data[key] for key in ("train", "document", "text_field")},
+        "validation": None if named_files else data["validation"],
+    }
+
+
+def _effective(config: RunConfig) -> TokenizerConfig:
+    """The tokenizer section; a model from elsewhere brings its own tokenizer."""
+    tokenizer = config.tokenizer
+    if config.model.from_ is None or tokenizer.from_ is not None:
+        return tokenizer
+    if tokenizer != TokenizerConfig():
+        raise ValueError(
+            f"model.from: `{config.model.from_}` has its own vocabulary, so a tokenizer cannot be trained for it; "
+            "remove the section tokenizer, or give tokenizer.from"
+        )
+    return TokenizerConfig.model_validate({"from": config.model.from_})
+
+
+def _architecture(config: RunConfig) -> str:
+    assert config.model.architecture is not None  # else the tokenizer comes from the model
+    return config.model.architecture
+
+
+def _max_length(config: RunConfig) -> int:
+    return config.model.max_position_embeddings or config.data.sequence_length
+
+
+def _sources(config: RunConfig) -> list[tuple[str, Path]]:
+    """Names and places of the files that the tokenizer is made from; Hub names have none."""
+    tokenizer = _effective(config)
+    if tokenizer.from_ is not None:
+        directory = Path(tokenizer.from_)
+        paths = sorted(directory.glob("*token*.json")) if directory.is_dir() else []
+        return [(path.name, path) for path in paths]
+    if tokenizer.algorithm == "bytes":
+        return []
+    return [(file.name, Path(file.path)) for file in resolve_sources(config.data.train) if file.format != "hub"]
+
+
+def _sources_state(config: RunConfig) -> str:
+    stats = [(name, path.stat()) for name, path in _sources(config)]
+    return sha256_json([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+
+
+def _inputs(config: RunConfig) -> dict[str, str]:
+    sources = _sources(config)
+    digests = hash_files([str(path) for _, path in sources])
+    return {"sources": digest_of_files((name, digest) for (name, _), digest in zip(sources, digests, strict=True))}
+
+
+def _manifest(config: RunConfig, directory: Path, report: TokenizerReport | None) -> None:
+    facts: dict[str, Any] = read_vocabulary(directory).facts()
+    facts["sources_state"] = _sources_state(config)
+    if report is not None:
+        facts["learnt"] = report.learnt
+        facts["corpus"] = {"bytes": report.corpus_bytes, "documents": report.corpus_documents}
+        facts["corpus"] |= {"sha256_sum": report.corpus_digest, "sample_bytes": report.sample_bytes}
+        facts["total"] = asdict(report.total)
+    files = {path.name: sha256_file(path) for path in sorted(directory.iterdir())}
+    write_manifest(directory, kind=KIND, config=_deciding(config), inputs=_inputs(config), files=files, facts=facts)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _split_of(config: RunConfig, file: SourceFile) -> Split | None:
+    rule = config.data.validation
+    if not isinstance(rule, ValidationSplit):
+        return None
+    if rule.fraction is not None:
+        return by_fraction(rule.fraction)
+    assert rule.tail is not None
+    if document_mode(file, config.data.document) == "file":
+        return by_tail_of_text(rule.tail)
+    return by_tail(rule.tail, units(file))
+
+
+def _read(
+    files: Sequence[SourceFile],
+    document: str | DocumentStart,
+    text_field: str,
+    split_of: Callable[[SourceFile], Split | None],
+    progress: Progress,
+) -> Iterator[Document]:
+    """The training documents of all files."""
+    task = progress.add_task("reading", total=sum(file.bytes for file in files) or None)
+    done = 0
+    for file in files:
+        report = ReadReport()
+        split = split_of(file)
+        for read in read_documents(file, document=document, text_field=text_field, report=report):
+            yield from [read] if split is None else (part for name, part in split(read) if name == TRAIN)
+            if file.format not in ("hub", "parquet"):
+                progress.update(task, completed=done + report.consumed)
+        done += file.bytes
+        progress.update(task, completed=done)
+        if report.bad:
+            _log.warning("%s: %d bad lines or rows left out; the first: %s", file.name, report.bad, report.named[0])
+
+
+def _first_bytes(documents: Iterable[Document], most: int) -> Iterator[Document]:
+    for read in documents:
+        yield read
+        most -= len(read.text.encode(errors="replace"))
+        if most <= 0:
+            return
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("tokenizer: {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def source_files(paths: Sequence[str]) -> list[SourceFile]:
+    """Files, globs, directories, hub:NAME or python-stdlib, for callers without a run configuration."""
+    entries: list[str | Source] = list(paths)
+    return resolve_sources(entries, key="--files")

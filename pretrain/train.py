@@ -1,0 +1,196 @@
+"""The verb `train`: prepared shards in, checkpoints out. The composition root of pretraining.
+
+What lives here: which parts make up a run. What must not: how any of them works.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from pretrain.config import RunConfig, dump_config
+from pretrain.data.loader import DataPlane, ValidationData
+from pretrain.evaluation.likelihood import evaluate_batches
+from pretrain.files import read_manifest, replace_file
+from pretrain.model_dir import PublishedStore, read_loom
+from pretrain.models import LoomPreTrainedModel, flops_per_token, loom_config, model_from_config, pick_backend
+from pretrain.runtime import EXIT_STOPPED, import_path, keep_freed_memory, make_accelerator, resolve_precision, set_seed
+from pretrain.training import checkpoint
+from pretrain.training.optim import build_optimizer as _build_optimizer
+from pretrain.training.trainer import EvaluationContext, Evaluator, Result, Trainer
+
+_EVALUATION_TOKENS = 8192
+"""Token positions a forward pass of an evaluation."""
+
+
+def build_model(config: RunConfig) -> LoomPreTrainedModel:
+    """The model of a run, with initial weights drawn from `train.seed`, or read from `model.from`.
+
+    Reads the vocabulary and the special ids from the run's tokenizer.
+
+    Raises:
+        ArtifactError: when the run has no tokenizer yet.
+        ValueError: when the sizes do not fit each other, or `model.from` has another vocabulary.
+    """
+    tokenizer = read_manifest(config.directory / "tokenizer", "tokenizer").facts
+    if config.model.from_ is not None:
+        model = read_loom(Path(config.model.from_))
+        if model.config.vocab_size < tokenizer["vocab_size"]:
+            raise ValueError(
+                f"model.from: {config.model.from_} has {model.config.vocab_size} embeddings, the tokenizer has "
+                f"{tokenizer['vocab_size']} ids; take the model's own with tokenizer.from: {config.model.from_}"
+            )
+    else:
+        assert config.model.architecture is not None
+        set_seed(config.train.seed)
+        model = model_from_config(model_config(config, tokenizer))
+    if config.train.attention != "auto":
+        model.set_attn_implementation(config.train.attention)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+    return model
+
+
+def model_config(config: RunConfig, tokenizer: Mapping[str, Any]) -> Any:
+    """The model's configuration for a tokenizer's facts (`vocab_size`, `special_ids`)."""
+    assert config.model.architecture is not None
+    keys = config.model.sizes()
+    keys.setdefault("max_position_embeddings", _positions(config))
+    ids = {f"{role}_token_id": token_id for role, token_id in tokenizer["special_ids"].items()}
+    return loom_config(config.model.architecture, vocab_size=tokenizer["vocab_size"], **ids, **keys)
+
+
+def _positions(config: RunConfig) -> int:
+    assert config.model.architecture is not None
+    published = loom_config(config.model.architecture).max_position_embeddings
+    sized = config.model.hidden_size is not None
+    return config.data.sequence_length if sized else max(published, config.data.sequence_length)
+
+
+def build_data(config: RunConfig, split: str = "train") -> DataPlane:
+    """The data plane of a prepared split, in the run's order and objective.
+
+    Raises:
+        ArtifactError: when the split is not prepared, or was prepared with another tokenizer.
+    """
+    return DataPlane.from_config(config, split)
+
+
+def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run over the model's parameters, in named groups."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.train.precision, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return _build_optimizer(model, config.optimizer, compute_dtype=dtype)
+
+
+def build_evaluators(config: RunConfig) -> dict[str, Evaluator]:
+    """One evaluator for each validation set, then those of `evaluate.evaluators` by import path."""
+    evaluators: dict[str, Evaluator] = {}
+    for split in DataPlane.validation_splits(config):
+        evaluators[split] = _validation(DataPlane.validation(config, split), config)
+    for path in config.evaluate.evaluators:
+        evaluators[path.partition(":")[2]] = import_path(path)
+    return evaluators
+
+
+def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
+    data.rows_per_batch = max(1, _EVALUATION_TOKENS // config.data.sequence_length)
+
+    def evaluator(model: nn.Module, context: EvaluationContext) -> Mapping[str, float]:
+        rows = data.batches(max_tokens=config.evaluate.max_tokens)
+        batches = (batch.arrays for batch in rows)
+        num_bytes = rows.num_bytes if config.kind == "decoder" else None
+        return evaluate_batches(model, batches, device=context.device, num_bytes=num_bytes)
+
+    return evaluator
+
+
+def build_trainer(
+    config: RunConfig,
+    model: LoomPreTrainedModel | None = None,
+    data: DataPlane | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    console: Console | None = None,
+) -> Trainer:
+    """A trainer for the run; parts that are not given are built from the configuration."""
+    keep_freed_memory()
+    accelerator = make_accelerator(config.train)
+    model = model if model is not None else build_model(config)
+    data = data if data is not None else build_data(config)
+    optimizer = optimizer if optimizer is not None else build_optimizer(config, model)
+    if config.train.attention == "auto":
+        backend, reason = pick_backend(model.config, accelerator.device)
+        model.set_attn_implementation(backend)
+        if console is not None:
+            console.print(f"attention: {backend} ({reason})", highlight=False)
+    return Trainer(
+        config,
+        model=model,
+        data=data,
+        optimizer=optimizer,
+        store=PublishedStore(config.directory / "tokenizer"),
+        evaluators=evaluators if evaluators is not None else build_evaluators(config),
+        flops_per_token=flops_per_token(model.config, config.data.sequence_length),
+        console=console,
+        accelerator=accelerator,
+    )
+
+
+def train(config: RunConfig, *, resume: str = "auto", console: Console | None = None) -> int:
+    """Train a run to its end, from wherever it stands; return the exit code (0 done, 75 stopped and saved).
+
+    Args:
+        config: the run configuration; its resolved copy is written beside the checkpoints.
+        resume: `auto` goes on from the newest checkpoint; `never` refuses when there is one.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: when there is a checkpoint and `resume` is never, or one that does not fit.
+    """
+    console = console or Console(stderr=True)
+    directory = config.directory / "train"
+    if resume not in ("auto", "never"):
+        raise ValueError(f"--resume {resume}: give auto or never")
+    if resume == "never" and checkpoint.list_checkpoints(directory):
+        raise ValueError(f"--resume never, but `{directory}` holds checkpoints; give another name=, or --resume auto")
+    trainer = build_trainer(config, console=console)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_file(directory / "config.yaml", dump_config(config).encode())
+    result = trainer.train()
+    return report(result, directory, console)
+
+
+def report(result: Result, directory: Path, console: Console) -> int:
+    """Say how training ended, write `result.json`, and give the exit code."""
+    progress = result.progress
+    if not result.finished:
+        console.print(
+            f"stopped by {result.stopped_by} at step {progress.step:,} of {progress.total_steps:,}; saved in "
+            f"{result.checkpoint}; run the same command again to go on",
+            highlight=False,
+        )
+        return EXIT_STOPPED
+    summary = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "scores": progress.scores,
+        "best": progress.best,
+        "checkpoint": result.checkpoint.name,
+        "run_id": progress.run_id,
+    }
+    replace_file(directory / "result.json", (json.dumps(summary, indent=2) + "\n").encode())
+    console.print(
+        f"trained {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min; {result.checkpoint}", highlight=False
+    )
+    return 0

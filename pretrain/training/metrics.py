@@ -1,0 +1,216 @@
+"""Where the numbers of a run go: the console, `metrics.jsonl`, and experiment trackers.
+
+What lives here: sinks for one dictionary of numbers a step, the progress bar, and the door to wandb, trackio and
+tensorboard (through Accelerate's tracker classes). What must not: deciding what is measured; the trainer does that.
+
+Non-finite numbers are written as they are (`NaN`), never as 0.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pretrain.files import replace_file
+
+TRACKERS = ("wandb", "trackio", "tensorboard")
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Sink(Protocol):
+    """Something that takes the numbers of a step."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` as they stand after `step` steps."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class JsonLines:
+    """`metrics.jsonl`: one JSON object a line, flushed line by line. On resume, what came after is cut off first."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        self.path = path
+        if path.is_file():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
+            replace_file(path, "".join(f"{line}\n" for line in kept).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):  # a line that was cut off by a kill
+        return math.inf
+
+
+class ConsoleProgress:
+    """A progress bar with ETA on a terminal; elsewhere (a log file) a line every so often."""
+
+    def __init__(self, console: Console, name: str, *, total: int, completed: int) -> None:
+        self._console = console
+        self._name = name
+        self._total = total
+        self._last_line = 0.0
+        self._started, self._first = time.monotonic(), completed
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(name, total=total, completed=completed, numbers="")
+        self._progress.start()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the numbers of a training step, or print a line for those of an evaluation."""
+        if "loss" in values:
+            numbers = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+            self._progress.update(self._task, completed=step, numbers=numbers)
+            now = time.monotonic()
+            if not self._console.is_terminal and (
+                now - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total
+            ):
+                self._last_line = now
+                seconds = (now - self._started) / max(1, step - self._first) * (self._total - step)
+                self._console.print(
+                    f"{self._name}: step {step:,} of {self._total:,}  {numbers}  ETA {seconds / 60:.1f} min",
+                    highlight=False,
+                )
+        else:
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items() if isinstance(value, float))
+            self._console.print(f"{self._name}: at step {step:,}  {shown}", highlight=False)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._progress.stop()
+
+
+class TrackerSink:
+    """An experiment tracker. wandb resumes the same run by its id, and works offline when there is no account."""
+
+    def __init__(self, kind: str, *, project: str, name: str, run_id: str, directory: Path, config: dict[str, Any]):
+        if importlib.util.find_spec(kind) is None:
+            raise ValueError(f"log.to: {kind} needs a package that is missing; pip install 'pretrain[{kind}]'")
+        directory.mkdir(parents=True, exist_ok=True)
+        if kind == "wandb":
+            offline = not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or _has_wandb_login())
+            keywords: dict[str, Any] = {"id": run_id, "resume": "allow", "name": name, "dir": str(directory)}
+            keywords |= {"mode": "offline"} if offline else {}
+            self._tracker = LOGGER_TYPE_TO_CLASS["wandb"](project, **keywords)
+        elif kind == "trackio":
+            self._tracker = LOGGER_TYPE_TO_CLASS["trackio"](project, name=f"{name}-{run_id}", resume="allow")
+        else:
+            self._tracker = LOGGER_TYPE_TO_CLASS["tensorboard"](name, logging_dir=str(directory / "tensorboard"))
+        self._tracker.start()
+        self._tracker.store_init_configuration(config if kind != "tensorboard" else _flat(config))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of a step."""
+        self._tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the tracker's run."""
+        self._tracker.finish()
+
+
+def _has_wandb_login() -> bool:
+    netrc = Path.home() / ".netrc"
+    return netrc.is_file() and "wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Dotted keys with scalar values, as tensorboard's hyper-parameters want them."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else json.dumps(value)
+    return flat
+
+
+class Metrics:
+    """All sinks of a run, as one. A context manager."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Give the numbers of a step to every sink."""
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_metrics(
+    destinations: tuple[str, ...],
+    *,
+    project: str,
+    name: str,
+    run_id: str,
+    directory: Path,
+    config: dict[str, Any],
+    first_step: int,
+    total_steps: int,
+    console: Console,
+) -> Metrics:
+    """Open every sink that `log.to` names, for a run that starts or goes on at `first_step`.
+
+    Raises:
+        ValueError: when a tracker's package is missing; names the remedy.
+    """
+    sinks: list[Sink] = []
+    for kind in destinations:
+        if kind == "jsonl":
+            sinks.append(JsonLines(directory / "metrics.jsonl", first_step=first_step))
+        elif kind in TRACKERS:
+            keywords: dict[str, Any] = {"project": project, "name": name, "run_id": run_id, "config": config}
+            sinks.append(TrackerSink(kind, directory=directory, **keywords))
+    if "console" in destinations:
+        sinks.append(ConsoleProgress(console, name, total=total_steps, completed=first_step))
+    return Metrics(sinks)

@@ -1,0 +1,462 @@
+"""The training loop: one straight road over Accelerate, for any objective and any model.
+
+What lives here: the order of things in a step and in a run. What must not: models, data formats, tokenizers. The
+trainer is handed a model, a data plane, an optimizer, a store that writes the model, and evaluators.
+
+A run is exact: the batch of a step is a pure function of (data, seed, step), the learning rate of (step, total
+steps), and a checkpoint holds everything else, so an interrupted run goes on bit for bit (one process, same split).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+
+from pretrain.config import RunConfig, amount_in_steps, config_to_dict
+from pretrain.files import replace_file
+from pretrain.runtime import StopSignals, make_accelerator, peak_memory_bytes, set_seed
+from pretrain.training import checkpoint
+from pretrain.training.flops import peak_flops
+from pretrain.training.metrics import Metrics, open_metrics
+from pretrain.training.schedule import learning_rate_scale
+
+_CPU_MICRO_BATCH_TOKENS = 4096
+_PROBE_SECONDS = 6.0
+
+
+class NonFiniteError(ValueError):
+    """The loss or the gradient became NaN or infinite, and `train.on_nonfinite` is stop; names step and rows."""
+
+
+class Batch(Protocol):
+    """Rows of tokens, as a data plane makes them: numpy arrays by Hugging Face's names, each (rows, length)."""
+
+    arrays: Mapping[str, np.ndarray]
+    num_targets: int
+    num_tokens: int
+    row_ids: np.ndarray
+
+
+class Data(Protocol):
+    """A data plane: the batch at a step is a pure function of (data, seed, step)."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows an epoch."""
+
+    def batch(self, step: int, rows: slice | None = None) -> Any:
+        """The global batch of `step`, or the given rows of it."""
+
+    def state(self, samples_seen: int) -> dict[str, Any]:
+        """What a checkpoint must hold of the data, as plain data."""
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise ValueError with the difference when `state` was made by other data."""
+
+
+class ModelStore(Protocol):
+    """Writes and reads the model in its published form."""
+
+    def write(self, model: Any, directory: Path) -> dict[str, str]:
+        """Write the model directory; return its files' SHA-256."""
+
+    def read(self, model: Any, directory: Path) -> None:
+        """Load the weights of a model directory into `model`, bit for bit."""
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """What an evaluator may want to know."""
+
+    step: int
+    device: torch.device
+    config: RunConfig
+    directory: Path
+
+
+Evaluator = Callable[[nn.Module, EvaluationContext], Mapping[str, float]]
+"""`evaluator(model, context)` gives scores by name; the model is in eval mode and under no_grad."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint holds it."""
+
+    run_id: str
+    total_steps: int
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: dict[str, float] | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `Trainer.train` ended."""
+
+    progress: Progress
+    checkpoint: Path
+    stopped_by: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole budget was trained."""
+        return self.progress.step >= self.progress.total_steps
+
+
+def steps_of(config: RunConfig, num_rows: int, seconds_per_step: float | None) -> int:
+    """Optimizer steps of the whole budget, at least 1.
+
+    Args:
+        config: the run configuration.
+        num_rows: rows an epoch, for a budget in epochs.
+        seconds_per_step: for a budget in minutes or hours.
+    """
+    train = config.train
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        return math.ceil(train.tokens / train.batch_tokens)
+    if train.epochs is not None:
+        return max(1, math.ceil(train.epochs * num_rows / config.rows_per_batch))
+    assert seconds_per_step is not None
+    return max(1, round(60.0 * _minutes(config) / seconds_per_step))
+
+
+def _minutes(config: RunConfig) -> float:
+    return config.train.minutes or 60.0 * (config.train.hours or 0.0)
+
+
+class Trainer:
+    """Trains a model from where its run directory stands to the end of the budget.
+
+    Args:
+        config: the run configuration.
+        model: any module whose `forward(**batch, num_items_in_batch=n)` returns an object with `.loss`, the sum of
+            the token losses over n.
+        data: the data plane.
+        optimizer: its groups hold `initial_lr`, which the schedule scales.
+        store: writes and reads the model.
+        directory: where checkpoints and metrics go.
+        evaluators: by name; the first one's `loss` decides what is best.
+        flops_per_token: model FLOPs of a token, forward and backward, for MFU.
+        console: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        model: nn.Module,
+        data: Data,
+        optimizer: torch.optim.Optimizer,
+        store: ModelStore,
+        directory: Path | None = None,
+        evaluators: Mapping[str, Evaluator] | None = None,
+        flops_per_token: float | None = None,
+        console: Console | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.config = config
+        self.directory = directory or config.directory / "train"
+        self.console = console or Console(stderr=True)
+        self.evaluators = dict(evaluators or {})
+        self.data = data
+        self.store = store
+        self.flops_per_token = flops_per_token
+        self.accelerator = accelerator or make_accelerator(config.train)
+        self.device: torch.device = self.accelerator.device
+        if config.train.compile:
+            model.compile()
+        self.unwrapped = model
+        self.bare_optimizer = optimizer
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
+        self.micro_batch = self._choose_micro_batch()
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def train(self, *, resume: bool = True) -> Result:
+        """Train to the end of the budget, or until a stop signal; save; return where the run stands.
+
+        Raises:
+            ArtifactError: when a checkpoint that is there does not fit; nothing starts over in silence.
+            NonFiniteError: when the loss or the gradient is not finite and the policy is stop.
+        """
+        set_seed(self.config.train.seed)
+        progress = self._resume() if resume else None
+        if progress is None:
+            progress = Progress(run_id=uuid.uuid4().hex[:12], total_steps=self._total_steps())
+        if progress.step >= progress.total_steps:
+            return Result(progress, checkpoint.checkpoint_path(self.directory, progress.step))
+        evaluate_every = max(1, amount_in_steps(self.config.evaluate.every, progress.total_steps))
+        save_every = max(1, amount_in_steps(self.config.checkpoint.every, progress.total_steps))
+        last_saved = progress.step if progress.step else None
+        with StopSignals(self.config.train.stop_signals) as stop, self._open_metrics(progress) as metrics:
+            if progress.step == 0:
+                self._evaluate(progress, metrics)
+            for micro_batches, waited in self._batches(progress):
+                self._step(progress, micro_batches, waited, metrics)
+                done = progress.step == progress.total_steps
+                if done or progress.step % evaluate_every == 0:
+                    self._evaluate(progress, metrics)
+                if done or stop.requested or progress.step % save_every == 0:
+                    self._save(progress)
+                    last_saved = progress.step
+                if stop.requested:
+                    break
+        assert last_saved is not None
+        return Result(progress, checkpoint.checkpoint_path(self.directory, last_saved), stop.received)
+
+    def _step(self, progress: Progress, micro_batches: Sequence[Batch], waited: float, metrics: Metrics) -> None:
+        """One optimizer step over the global batch, normalized by its number of targets."""
+        started = time.perf_counter()
+        scale = learning_rate_scale(progress.step, progress.total_steps, self.config.schedule)
+        self._set_learning_rate(scale)
+        loss, norm = self._forward_backward(micro_batches)
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            self._report_nonfinite(progress.step, loss, norm, micro_batches)
+        seconds = time.perf_counter() - started + waited
+        progress.seconds += seconds
+        progress.step += 1
+        progress.samples += self.config.rows_per_batch
+        progress.tokens += self.config.train.batch_tokens
+        if progress.step % self.config.log.every == 0 or progress.step == progress.total_steps:
+            num_tokens = sum(batch.num_tokens for batch in micro_batches)
+            metrics.write(progress.step, self._numbers(progress, loss, norm, scale, seconds, waited, num_tokens))
+
+    def _forward_backward(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
+        """Gradients of the global batch, clipped. Returns its loss and the norm of the gradient before clipping."""
+        self.model.train()
+        num_targets = max(1, sum(batch.num_targets for batch in micro_batches))
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            loss = self.model(**self._to_device(batch), num_items_in_batch=num_targets).loss
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        limit = self.config.train.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        return total.item(), float(norm)
+
+    def _report_nonfinite(self, step: int, loss: float, norm: float, micro_batches: Sequence[Batch]) -> None:
+        rows = ", ".join(str(row) for batch in micro_batches for row in batch.row_ids.tolist())
+        message = f"step {step}: loss {loss}, gradient norm {norm}; the update was not made; rows {rows}"
+        if self.config.train.on_nonfinite == "stop":
+            raise NonFiniteError(f"{message}; lower optimizer.lr, or set train.on_nonfinite: skip")
+        self.console.print(message)
+
+    def _numbers(
+        self, progress: Progress, loss: float, norm: float, scale: float, seconds: float, waited: float, tokens: int
+    ) -> dict[str, float]:
+        rate = tokens / seconds
+        numbers = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": self.base_lrs[0] * scale,
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "tokens_per_second": rate,
+            "data_wait": waited / seconds,
+            "memory_gib": peak_memory_bytes(self.device) / 2**30,
+        }
+        peak = peak_flops(self.device, self.accelerator.mixed_precision)
+        if peak is not None and self.flops_per_token is not None:
+            numbers["mfu"] = rate * self.flops_per_token / peak
+        return numbers
+
+    def _set_learning_rate(self, scale: float) -> None:
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * scale
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def _batches(self, progress: Progress) -> Iterator[tuple[list[Batch], float]]:
+        """The micro-batches of every step to come, and the seconds waited for them; one step is made ahead."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
+            ahead: Future[list[Batch]] = pool.submit(self._micro_batches, progress.step)
+            for step in range(progress.step, progress.total_steps):
+                started = time.perf_counter()
+                current = ahead.result()
+                waited = time.perf_counter() - started
+                if step + 1 < progress.total_steps:
+                    ahead = pool.submit(self._micro_batches, step + 1)
+                yield current, waited
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        rows = self.config.rows_per_batch
+        starts = range(0, rows, self.micro_batch)
+        return [self.data.batch(step, slice(start, min(start + self.micro_batch, rows))) for start in starts]
+
+    def _to_device(self, batch: Batch) -> dict[str, Tensor]:
+        tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        if self.device.type == "cuda":
+            return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+        return tensors
+
+    def _choose_micro_batch(self) -> int:
+        """Rows a forward pass: as configured, or on a GPU the most that fit, or on a CPU what its caches like."""
+        rows = self.config.rows_per_batch
+        if self.config.train.micro_batch != "auto":
+            return min(rows, self.config.train.micro_batch)
+        if self.device.type != "cuda":
+            return min(rows, max(1, _CPU_MICRO_BATCH_TOKENS // self.config.data.sequence_length))
+        micro_batch = rows
+        while True:
+            try:
+                batch = self.data.batch(0, slice(0, micro_batch))
+                loss = self.model(**self._to_device(batch), num_items_in_batch=max(1, batch.num_targets)).loss
+                self.accelerator.backward(loss)
+            except torch.OutOfMemoryError:
+                if micro_batch == 1:
+                    raise
+                micro_batch = (micro_batch + 1) // 2
+            else:
+                return micro_batch
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+
+    # --- the budget -------------------------------------------------------------------------------------------------
+
+    def _total_steps(self) -> int:
+        """Steps of the whole run. A budget of time is measured once, fixed as steps, and written down."""
+        train = self.config.train
+        if train.minutes is None and train.hours is None:
+            return steps_of(self.config, self.data.num_rows, None)
+        record = self.directory / "budget.json"
+        if record.is_file():
+            known = json.loads(record.read_text(encoding="utf-8"))
+            if known["minutes"] == _minutes(self.config) and known["batch_tokens"] == train.batch_tokens:
+                return int(known["steps"])
+        seconds_per_step = self.measure_step()
+        steps = steps_of(self.config, self.data.num_rows, seconds_per_step)
+        fixed = {
+            "minutes": _minutes(self.config),
+            "seconds_per_step": seconds_per_step,
+            "steps": steps,
+            "batch_tokens": train.batch_tokens,
+            "tokens": steps * train.batch_tokens,
+        }
+        self.directory.mkdir(parents=True, exist_ok=True)
+        replace_file(record, (json.dumps(fixed, indent=2) + "\n").encode())
+        self.console.print(
+            f"budget: {fixed['minutes']:g} minutes at {seconds_per_step:.2f} s a step are {steps:,} steps, "
+            f"{fixed['tokens']:,} tokens (fixed in {record})",
+            highlight=False,
+        )
+        return steps
+
+    def measure_step(self) -> float:
+        """Median seconds of a whole step, by real steps at learning rate 0 that leave no trace."""
+        rng = checkpoint.capture_rng()
+        self._set_learning_rate(0.0)
+        times: list[float] = []
+        while len(times) < 3 or (sum(times) < _PROBE_SECONDS and len(times) < 50):
+            started = time.perf_counter()
+            self._forward_backward(self._micro_batches(len(times)))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            times.append(time.perf_counter() - started)
+        self.bare_optimizer.state.clear()
+        checkpoint.restore_rng(rng)
+        return statistics.median(times[1:])
+
+    # --- evaluation and checkpoints ---------------------------------------------------------------------------------
+
+    def _evaluate(self, progress: Progress, metrics: Metrics) -> None:
+        """Run every evaluator; scores go to the sinks as `name/score`."""
+        self.model.eval()
+        context = EvaluationContext(progress.step, self.device, self.config, self.directory)
+        rng = checkpoint.capture_rng()
+        progress.scores = {}
+        with torch.no_grad():
+            for name, evaluator in self.evaluators.items():
+                for score, value in evaluator(self.model, context).items():
+                    progress.scores[f"{name}/{score}"] = float(value)
+        checkpoint.restore_rng(rng)
+        if progress.scores:
+            metrics.write(progress.step, progress.scores)
+
+    def _save(self, progress: Progress) -> None:
+        """Write a checkpoint, move the pointers, then remove what is no longer kept."""
+        first = next(iter(self.evaluators), None)
+        loss = progress.scores.get(f"{first}/loss") if first else None
+        is_best = loss is not None and (progress.best is None or loss < progress.best["loss"])
+        if is_best:
+            assert loss is not None
+            progress.best = {"step": progress.step, "loss": loss}
+        checkpoint.save_checkpoint(
+            self.directory,
+            step=progress.step,
+            run_id=progress.run_id,
+            write_model=lambda directory: self.store.write(self.unwrapped, directory),
+            model=self.unwrapped,
+            optimizer=self.bare_optimizer,
+            state={
+                "progress": progress.__dict__,
+                "data": self.data.state(progress.samples),
+                "config": config_to_dict(self.config),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            },
+        )
+        checkpoint.point(self.directory, "latest", progress.step)
+        if is_best:
+            checkpoint.point(self.directory, "best", progress.step)
+        checkpoint.rotate(self.directory, keep=self.config.checkpoint.keep)
+
+    def _resume(self) -> Progress | None:
+        """Go on from the newest whole checkpoint; None when there is none.
+
+        Raises:
+            ArtifactError: when what is there cannot be used.
+            ValueError: when the data is not what the checkpoint saw.
+        """
+        found = checkpoint.find_resumable(self.directory)
+        if found is None:
+            return None
+        loaded = checkpoint.load_checkpoint(found)
+        self.data.check(loaded.state["data"])
+        self.store.read(self.unwrapped, found / "model")
+        checkpoint.load_optimizer_state_by_name(self.unwrapped, self.bare_optimizer, loaded.optimizer)
+        checkpoint.restore_rng(loaded.rng)
+        if self.accelerator.scaler and loaded.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
+        progress = Progress(**loaded.state["progress"])
+        self.console.print(
+            f"going on from step {progress.step:,} of {progress.total_steps:,} ({found})", highlight=False
+        )
+        return progress
+
+    def _open_metrics(self, progress: Progress) -> Metrics:
+        log = self.config.log
+        return open_metrics(
+            log.to,
+            project=log.project,
+            name=self.config.name,
+            run_id=progress.run_id,
+            directory=self.directory,
+            config=config_to_dict(self.config),
+            first_step=progress.step,
+            total_steps=progress.total_steps,
+            console=self.console,
+        )

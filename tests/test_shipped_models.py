@@ -1,0 +1,43 @@
+"""Every shipped run builds on the meta device; at the published vocabulary it has the published number of parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from pretrain.config import RunConfig, load_config, shipped_directory
+from pretrain.interop import stock_config
+from pretrain.models import model_from_config
+from pretrain.train import model_config
+
+NAMES = sorted(path.stem for path in (shipped_directory() / "configs" / "runs").glob("*.yaml"))
+
+# name -> (vocabulary, parameters), as published: bert-base-uncased and bert-base-chinese with the MLM head,
+# ModernBERT-base with the MLM head, gpt2. The Llama shape is GPT-3 Medium's (24 x 1024) with untied embeddings.
+PUBLISHED = {
+    "bert-base": (30_522, 109_514_298),
+    "bert-chinese": (21_128, 102_290_312),
+    "modernbert-base": (50_368, 149_655_232),
+    "gpt2-small": (50_257, 124_439_808),
+    "llama-350m": (32_000, 367_527_936),
+}
+
+
+def build(config: RunConfig, vocab_size: int) -> torch.nn.Module:
+    with torch.device("meta"):
+        return model_from_config(model_config(config, {"vocab_size": vocab_size, "special_ids": {}}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_builds_and_counts_like_the_stock_class(name: str) -> None:
+    config = load_config(name)
+    vocab_size = PUBLISHED.get(name, (config.tokenizer.vocab_size, None))[0]
+    model = build(config, vocab_size)
+    stock = stock_config(model.config)
+    auto = AutoModelForCausalLM if config.kind == "decoder" else AutoModelForMaskedLM
+    with torch.device("meta"):
+        assert model.num_parameters() == auto.from_config(stock).num_parameters()
+    assert stock.model_type == config.model.architecture
+    if name in PUBLISHED:
+        assert model.num_parameters() == PUBLISHED[name][1]
