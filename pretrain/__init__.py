@@ -23,6 +23,7 @@ _SURFACE = {
     "build_model": "pretrain.train",
     "build_data": "pretrain.train",
     "build_optimizer": "pretrain.train",
+    "build_evaluators": "pretrain.train",
     "build_trainer": "pretrain.train",
     "Trainer": "pretrain.training.trainer",
     "export_model": "pretrain.export",

@@ -1,7 +1,7 @@
 """The run configuration: one YAML file describes a whole run. This file reads as the manual of its keys.
 
-What lives here: the schema, the YAML 1.2 reader, dotted overrides, the error messages, the resolved copy and the
-JSON schema for editors. What must not: torch, or anything that takes long to import, or any reading of data.
+What lives here: the schema, dotted overrides, the resolved copy and the JSON schema for editors (`config_text.py`
+reads YAML and words the errors). What must not: torch, or anything that takes long to import, or any reading of data.
 
 Precedence: defaults below < the YAML file < `key=value` overrides. Unknown keys, wrong types and impossible
 combinations are refused before anything is touched, and each message names the key, the value, the nearest known
@@ -14,7 +14,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,13 +31,11 @@ from pydantic import (
     model_validator,
 )
 
+from pretrain.config_text import ConfigError, describe_errors, parse_yaml
+
 ENCODERS = ("bert", "modernbert")
 DECODERS = ("gpt2", "llama")
 BUDGETS = ("tokens", "steps", "epochs", "minutes", "hours")
-
-
-class ConfigError(ValueError):
-    """A run configuration that cannot be used; the message names key, value, nearest known key and remedy."""
 
 
 def _check_amount(value: object) -> str | int:
@@ -368,58 +366,6 @@ class RunConfig(Section):
         return "encoder" if self.model.architecture in ENCODERS else "decoder"
 
 
-# --- YAML 1.2 ---------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2 (core schema), `_` in numbers, and duplicate keys refused."""
-
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*\.?(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.)$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    mapping: dict[Hashable, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-        if key in mapping:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: key `{key}` stands twice; remove one of them")
-        mapping[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
-    return mapping
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value.replace("_", "")))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
-
-
-def parse_yaml(text: str, origin: str = "configuration") -> Any:
-    """Parse YAML 1.2 text.
-
-    Raises:
-        ConfigError: on a syntax error or a key that stands twice; names the line.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {error}") from error
-
-
 # --- reading and writing a configuration ---------------------------------------------------------------------------
 
 
@@ -476,7 +422,7 @@ def config_from_dict(raw: Mapping[str, Any], origin: str = "configuration") -> R
     try:
         return RunConfig.model_validate(_tuples(raw))
     except ValidationError as error:
-        lines = dict.fromkeys(_describe(problem) for problem in _most_telling(error))
+        lines = describe_errors(error, known_keys())
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
 
 
@@ -555,9 +501,6 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
     return changed
 
 
-# --- errors that help ----------------------------------------------------------------------------------------------
-
-
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Every dotted key of the schema."""
     keys: list[str] = []
@@ -575,74 +518,3 @@ def _sections_in(annotation: Any) -> Iterable[type[BaseModel]]:
     elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         for option in typing.get_args(annotation):
             yield from _sections_in(option)
-
-
-_VARIANT = re.compile(
-    r"^(function|tagged|union|tuple|str|int|float|bool|literal|none|constrained|Source|DocumentStart|ValidationSplit)\b.*[\[(]?"
-)
-
-
-def _path_of(problem: Any) -> str:
-    """The dotted key of a problem, without pydantic's names for the branches of a union."""
-    parts: list[str] = []
-    for part in problem["loc"]:
-        if isinstance(part, int):
-            parts.append(f"[{part}]")
-        elif not (_VARIANT.match(part) and f"{'.'.join(parts)}.{part}" not in known_keys()):
-            parts.append(part)
-    return ".".join(parts).replace(".[", "[")
-
-
-def _most_telling(error: ValidationError) -> list[Any]:
-    """Of the many complaints that a union gives for one key, keep the unknown key if there is one, else merge."""
-    by_key: dict[str, list[Any]] = {}
-    for problem in error.errors():
-        by_key.setdefault(re.sub(r"\[\d+\]$", "", _path_of(problem)), []).append(problem)
-    kept: list[Any] = []
-    for path, problems in by_key.items():
-        deeper = any(other != path and other.startswith(f"{path}.") for other in by_key)
-        if not deeper or all(problem["type"] == "value_error" for problem in problems):
-            kept.append(problems[-1] if len(problems) == 1 else {**problems[0], "all": problems})
-    return kept
-
-
-def _describe(problem: Any) -> str:
-    path = _path_of(problem)
-    value = problem.get("input")
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, known_keys(), n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else "see `pretrain schema` for the known keys"
-        return f"unknown key `{path}` (value {value!r}); {hint}"
-    if problem["type"] == "missing":
-        return f"missing key `{path}`; add it (see `pretrain schema`)"
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-        where = f"`{path}`: " if path else ""
-        given = "" if isinstance(value, Mapping | BaseModel) or not path else f" (value {value!r})"
-        return f"{where}{message}{given}"
-    expected = " or ".join(dict.fromkeys(_expectation(part) for part in problem.get("all", [problem])))
-    return f"`{path}`: {expected} (value {value!r})"
-
-
-def _expectation(problem: Any) -> str:
-    context = problem.get("ctx", {})
-    wanted = {
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "tuple_type": "a list",
-        "model_type": "a section with keys",
-    }
-    kind = problem["type"]
-    if kind in wanted:
-        return f"expected {wanted[kind]}"
-    if kind == "literal_error":
-        value = problem.get("input")
-        options = re.findall(r"'([^']*)'", str(context["expected"]))
-        near = difflib.get_close_matches(str(value), options, n=1)
-        return f"expected one of {', '.join(options)}" + (f"; did you mean `{near[0]}`?" if near else "")
-    if kind == "string_pattern_mismatch":
-        return f"expected text that matches {context['pattern']}"
-    return str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")

@@ -84,7 +84,7 @@ def evaluate_model(
         ValueError: when the model, its tokenizer or the text cannot be used; names the remedy.
     """
     started = time.monotonic()
-    sources = resolve_sources(list(files))
+    sources = resolve_sources(list(files), key="TEXT")
     loaded = load_model(model, tokenizer=tokenizer, kind=kind, device=device, trust_remote_code=trust_remote_code)
     window = _window(loaded, context)
     if stride is not None and loaded.kind == "mlm":
@@ -116,7 +116,7 @@ def evaluate_model(
 
 
 def evaluate_run(config: RunConfig, directory: Path, *, console: Console | None = None) -> dict[str, Any]:
-    """Score a run's model on every validation set that the run prepared, in the rows and context of its training, in fp32.
+    """Score a run's model in fp32 on every validation set that the run prepared, in the rows of its training.
 
     Each token of the set is a target once, its documents' EOS too; masked models are scored at 15% masks that are the
     same in every run.
@@ -204,8 +204,8 @@ def show_scores(scores: Mapping[str, Any], console: Console) -> None:
     for key, (label, form) in _LABELS.items():
         if key in scores:
             table.add_row(label, form.format(scores[key]))
-    if sample := scores.get("pseudo_perplexity_sample"):
-        table.add_row("  over", f"{sample['sentences']:,} of {sample['of_lines']:,} lines, {sample['tokens']:,} tokens")
+        if key == "pseudo_perplexity" and (sample := scores.get("pseudo_perplexity_sample")):
+            table.add_row("  over", f"{sample['sentences']:,} of {sample['of_lines']:,} lines")
     context = scores["context"]
     overlap = f", stride {context['stride']:,}" if "stride" in context else ""
     table.add_row("context", f"{context['window']:,} tokens{overlap}")

@@ -17,7 +17,7 @@ from pretrain.files import ArtifactError, commit_directory, write_safetensors
 from pretrain.model_dir import DTYPES, copy_tokenizer, read_loom, read_stock, write_model
 from pretrain.models import register_hub_code
 from pretrain.training import checkpoint
-from pretrain.training.checkpoint import tensor_bytes
+from pretrain.training.state import tensor_bytes
 
 _TOLERANCE = {"fp32": 1e-5, "bf16": 1e-5, "fp16": 1e-5}
 

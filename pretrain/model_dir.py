@@ -7,7 +7,6 @@ digests of the memory that was written. What must not: training state, or any ch
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pretrain.files import ArtifactError, sha256_file, write_json, write_safetensors
+from pretrain.files import ArtifactError, write_bytes, write_json, write_safetensors
 from pretrain.interop import config_json, from_stock, to_stock
-from pretrain.models import LoomPreTrainedModel, model_from_config
-from pretrain.training.checkpoint import tensor_bytes
+from pretrain.models import LoomConfig, LoomPreTrainedModel, model_from_config
+from pretrain.training.state import tensor_bytes
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INDEX = "model.safetensors.index.json"
@@ -52,7 +51,7 @@ def published_form(model: PreTrainedModel) -> tuple[Any, dict[str, Tensor]]:
     A model that is stock already is returned as it is.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    if model.config.model_type.startswith("loom"):
+    if isinstance(model.config, LoomConfig):
         return to_stock(model.config, state)
     return model.config, state
 
@@ -99,8 +98,7 @@ def copy_tokenizer(source: Path, directory: Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-            digests[name] = sha256_file(directory / name)
+            digests[name] = write_bytes(directory / name, (source / name).read_bytes())
     return digests
 
 
@@ -214,6 +212,6 @@ class PublishedStore:
     def read(self, model: PreTrainedModel, directory: Path) -> None:
         """Load weights into a model of the same configuration, bit for bit."""
         state = read_state(directory)
-        if model.config.model_type.startswith("loom"):
+        if isinstance(model.config, LoomConfig):
             _, state = from_stock(AutoConfig.from_pretrained(directory), state)
         load_state(model, state)

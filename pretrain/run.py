@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config import BUDGETS, ConfigError, RunConfig, config_to_dict, difference, dump_config, parse_yaml
+from pretrain.config import BUDGETS, RunConfig, config_to_dict, difference, dump_config
+from pretrain.config_text import ConfigError, parse_yaml
 from pretrain.evaluate import evaluate_run
 from pretrain.export import export_model
 from pretrain.files import (

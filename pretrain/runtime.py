@@ -36,7 +36,7 @@ _MIXED: dict[str, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 arithmetic is native: Ampere or newer on CUDA, AVX-512 BF16 or AMX or Armv8.6 BF16 on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu" or not Path("/proc/cpuinfo").is_file():
         return False
     text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")

@@ -19,6 +19,7 @@ from pretrain.data.loader import DataPlane, ValidationData
 from pretrain.evaluation.likelihood import evaluate_batches
 from pretrain.files import read_manifest, replace_file
 from pretrain.model_dir import PublishedStore, read_loom
+from pretrain.interop import stock_config
 from pretrain.models import LoomPreTrainedModel, flops_per_token, loom_config, model_from_config, pick_backend
 from pretrain.runtime import EXIT_STOPPED, import_path, keep_freed_memory, make_accelerator, resolve_precision, set_seed
 from pretrain.training import checkpoint
@@ -50,6 +51,7 @@ def build_model(config: RunConfig) -> LoomPreTrainedModel:
         assert config.model.architecture is not None
         set_seed(config.train.seed)
         model = model_from_config(model_config(config, tokenizer))
+        stock_config(model.config)  # every checkpoint is published in this form: refuse now what it cannot hold
     if config.train.attention != "auto":
         model.set_attn_implementation(config.train.attention)
     if config.train.gradient_checkpointing:
@@ -106,7 +108,7 @@ def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
     def evaluator(model: nn.Module, context: EvaluationContext) -> Mapping[str, float]:
         rows = data.batches(max_tokens=config.evaluate.max_tokens)
         batches = (batch.arrays for batch in rows)
-        num_bytes = rows.num_bytes if config.kind == "decoder" else None
+        num_bytes = rows.num_bytes if config.objective.kind != "mlm" else None
         return evaluate_batches(model, batches, device=context.device, num_bytes=num_bytes)
 
     return evaluator

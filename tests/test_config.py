@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from pretrain.config import (
     BUDGETS,
-    ConfigError,
     RunConfig,
     amount_in_steps,
     difference,
@@ -19,9 +18,9 @@ from pretrain.config import (
     find_config,
     known_keys,
     load_config,
-    parse_yaml,
     shipped_directory,
 )
+from pretrain.config_text import ConfigError, parse_yaml
 
 TEXT = """
 name: small

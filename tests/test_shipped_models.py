@@ -1,4 +1,4 @@
-"""Every shipped run builds on the meta device; at the published vocabulary it has the published number of parameters."""
+"""Every shipped run builds on the meta device; at the published vocabulary it has the published parameter count."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pretrain.train import model_config
 NAMES = sorted(path.stem for path in (shipped_directory() / "configs" / "runs").glob("*.yaml"))
 
 # name -> (vocabulary, parameters), as published: bert-base-uncased and bert-base-chinese with the MLM head,
-# ModernBERT-base with the MLM head, gpt2. The Llama shape is GPT-3 Medium's (24 x 1024) with untied embeddings.
+# ModernBERT-base with the MLM head, gpt2. The Llama shape is GPT-3 Medium's depth and width, 24 x 1024, with untied
+# embeddings and a gated MLP of 2,752: 24 (4 d d + 3 d 2,752 + 2 d) + 2 V d + d.
 PUBLISHED = {
     "bert-base": (30_522, 109_514_298),
     "bert-chinese": (21_128, 102_290_312),
     "modernbert-base": (50_368, 149_655_232),
     "gpt2-small": (50_257, 124_439_808),
-    "llama-350m": (32_000, 367_527_936),
+    "llama-350m": (32_000, 24 * (4 * 1024**2 + 3 * 1024 * 2752 + 2 * 1024) + 2 * 32_000 * 1024 + 1024),
 }
 
 

@@ -53,7 +53,7 @@ def _from_config(stock: Any) -> LoomEncoderConfig:
         attention_dropout=stock.attention_probs_dropout_prob,
         classifier_dropout=_classifier_dropout(stock.classifier_dropout, stock.hidden_dropout_prob),
         max_position_embeddings=stock.max_position_embeddings,
-        type_vocab_size=stock.type_vocab_size,
+        type_vocab_size=max(1, stock.type_vocab_size),  # BERT always adds a token type, so 0 does not come back
         initializer_range=stock.initializer_range,
         norm_eps=stock.layer_norm_eps,
         pad_token_id=stock.pad_token_id,

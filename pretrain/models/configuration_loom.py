@@ -232,6 +232,7 @@ class LoomConfig(PreTrainedConfig):
         for name, value in (design.conventions | design.sizes).items():
             if name not in _TIED_TO_ANOTHER_SWITCH and getattr(self, name) is None:
                 setattr(self, name, value)
+        _check_sizes(self)
         if self.position_kind == "rotary" and self.rope_theta is None:
             self.rope_theta = design.conventions.get("rope_theta", 10_000.0)
         if self.global_attention_every != 1:
@@ -385,12 +386,16 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"{hint} (known: {', '.join(known)})" if not close else hint
 
 
-def _check_values(config: LoomConfig) -> None:
-    """Each value alone: sizes are positive whole numbers, shares lie in [0, 1), words are known ones."""
+def _check_sizes(config: LoomConfig) -> None:
     for name in SIZES:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_values(config: LoomConfig) -> None:
+    """Each value alone: sizes are positive whole numbers, shares lie in [0, 1), words are known ones."""
+    _check_sizes(config)
     if config.local_window is not None and (isinstance(config.local_window, bool) or config.local_window < 1):
         raise ValueError(f"local_window must be a whole number of at least 1, got {config.local_window!r}")
     if isinstance(config.type_vocab_size, bool) or config.type_vocab_size < 0:

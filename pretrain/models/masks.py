@@ -113,7 +113,7 @@ def _open_keys(
     allowed = None
     if attention_mask is not None and not _all_true(attention_mask == 1):
         tokens = attention_mask.to(device=device, dtype=torch.bool)
-        if tokens.shape[1] < key_length:  # a cache of fixed size has slots that are not written yet
+        if tokens.shape[1] < key_length != length:  # a cache of fixed size has slots that are not written yet
             tokens = torch.nn.functional.pad(tokens, (0, key_length - tokens.shape[1]), value=False)
         if tokens.shape[1] != key_length:
             raise ValueError(f"attention_mask covers {tokens.shape[1]} positions, the keys are {key_length}")

@@ -42,11 +42,12 @@ class LoomPreTrainedModel(PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Resolve a backend's name; refuses names outside the capability table."""
-        name = super().get_correct_attn_implementation(requested_attention, is_init_check)
-        if name not in CAPABILITIES:
+        if requested_attention is not None and requested_attention not in CAPABILITIES:
             known = ", ".join(CAPABILITIES)
-            raise ValueError(f"attn_implementation {name!r} is unknown to Loom models: take one of {known}")
-        return str(name)
+            raise ValueError(
+                f"attn_implementation {requested_attention!r} is unknown to Loom models: take one of {known}"
+            )
+        return str(super().get_correct_attn_implementation(requested_attention, is_init_check))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

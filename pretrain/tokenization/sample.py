@@ -141,10 +141,14 @@ class TextSample:
         digest = hashlib.blake2b(name + number.to_bytes(8, "little"), digest_size=8, key=self._key).digest()
         return int.from_bytes(digest, "little") >> (64 - _PLACES.bit_length() + 1)
 
-    def _lower_threshold(self) -> None:
+    def _threshold_for(self, max_bytes: int) -> tuple[int, int]:
+        """The largest threshold below which at most `max_bytes` lie, and the bytes that do."""
         totals = np.cumsum(self._bytes_at)
-        self._threshold = int(np.searchsorted(totals, self.max_bytes, side="right"))
-        self._kept = int(totals[self._threshold - 1]) if self._threshold else 0
+        threshold = int(np.searchsorted(totals, max_bytes, side="right"))
+        return threshold, int(totals[threshold - 1]) if threshold else 0
+
+    def _lower_threshold(self) -> None:
+        self._threshold, self._kept = self._threshold_for(self.max_bytes)
 
     def _compact(self) -> None:
         old, self._spool, self._spooled = self._spool, self._new_spool(), 0
@@ -168,8 +172,25 @@ class TextSample:
                 f"tokenizer.max_bytes: {self.max_bytes} is too little to hold a sample of {self.corpus_bytes} bytes "
                 f"of text; raise it to at least {min(self.corpus_bytes, 64 * PIECE_CHARACTERS)}"
             )
-        for _, file, _, encoded in self._records(self._spool):
-            self.files[self._names[file]].sample += len(encoded)
+        self._count_files()
+
+    def shrink(self, max_bytes: int) -> None:
+        """Keep a part of at most `max_bytes`: what a smaller budget would have drawn. It holds one piece at least."""
+        threshold, kept = self._threshold_for(max_bytes)
+        if threshold < self._threshold and kept:
+            self._threshold, self._kept = threshold, kept
+            self._count_files()
+
+    def part(self, max_bytes: int) -> Iterator[str]:
+        """The texts that a budget of `max_bytes` would have drawn; the sample stays as it is."""
+        threshold, _ = self._threshold_for(max_bytes)
+        return (encoded.decode("utf-8") for place, _, _, encoded in self._records(self._spool) if place < threshold)
+
+    def _count_files(self) -> None:
+        for file in self.files.values():
+            file.sample = 0
+        for _, number, _, encoded in self._records(self._spool):
+            self.files[self._names[number]].sample += len(encoded)
 
     def __iter__(self) -> Iterator[Piece]:
         """The pieces of the sample, in the order in which they were added."""

@@ -44,6 +44,8 @@ _log = logging.getLogger(__name__)
 _ALPHABET_SHARE = 0.75  # of the ids that are free; the rest is for longer tokens
 _MOST_WORDS = 1_000_000  # different words in memory; the rarest go when there are more
 _UNIGRAM_CHARACTERS = 3_000_000  # of different words, most frequent first: about 3 GB of lattices
+_PROBE_BYTES = 4_000_000
+_DIFFERENT_BYTES = 50_000_000  # of different words; training merges on them takes about 100 bytes each: 5 GB
 _RESERVED_SCORE = -1000.0  # unigram: tokens that text must never be cut into
 
 
@@ -72,6 +74,7 @@ def fit_tokenizer(config: TokenizerConfig, sample: TextSample, architecture: str
     size = _round_up(config.vocab_size, config.pad_to_multiple)
     _check_size(config, special, size)
     unk = special.roles.get("unk_token")
+    notes: tuple[str, ...] = ()
     if config.algorithm == "bytes":
         tokens: list[str] = [*special.tokens, *byte_characters()]
         size = _round_up(len(tokens), config.pad_to_multiple)
@@ -81,10 +84,11 @@ def fit_tokenizer(config: TokenizerConfig, sample: TextSample, architecture: str
         scores = dict(_fit_unigram(config, sample, special, size))
         tokens, merges = [*special.tokens, *BYTE_TOKENS, *scores], []
     else:
+        notes = _bound_memory(config, sample)
         tokens, merges = _fit_merges(config, sample, special, size)
         scores = {}
     learnt = len(tokens)
-    notes = _notes(config, learnt, size)
+    notes += _notes(config, learnt, size)
     tokens += [f"<|unused{number}|>" for number in range(_round_up(learnt, config.pad_to_multiple) - learnt)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
@@ -113,8 +117,8 @@ def _notes(config: TokenizerConfig, learnt: int, size: int) -> tuple[str, ...]:
     if config.algorithm == "bytes" or learnt >= size:
         return ()
     return (
-        f"tokenizer.vocab_size: {config.vocab_size} ids were asked for, the text gives {learnt} (no pair is seen "
-        f"{config.min_frequency} times or more); the smaller vocabulary is kept, padded to a multiple of "
+        f"tokenizer.vocab_size: {config.vocab_size} ids were asked for, the text gives {learnt} (nothing more is "
+        f"seen {config.min_frequency} times or more); the smaller vocabulary is kept, padded to a multiple of "
         f"{config.pad_to_multiple}",
     )
 
@@ -129,6 +133,32 @@ def _check_size(config: TokenizerConfig, special: SpecialTokens, size: int) -> N
 
 
 # --- BPE and WordPiece ----------------------------------------------------------------------------------------------
+
+
+def _bound_memory(config: TokenizerConfig, sample: TextSample) -> tuple[str, ...]:
+    """Shrink the sample when its different words would take too much memory; say so.
+
+    The library keeps each different word once. Where words repeat (most languages) their bytes are a small share of
+    the text; where they are whole clauses (Chinese, Japanese, Thai: no spaces) they are nearly all of it.
+    The share is measured on a part of the sample, and falls as text grows, so the bound errs on the safe side.
+    """
+    words: set[str] = set()
+    seen = 0
+    tokenizer = untrained_tokenizer(config)
+    for text in sample.part(_PROBE_BYTES):
+        seen += len(text.encode())
+        words.update(_words(tokenizer, text))
+    # Byte-level words are written in one character a byte.
+    different = sum(len(word) if config.algorithm == "byte-bpe" else len(word.encode()) for word in words)
+    share = different / max(seen, 1)
+    before, most = sample.sample_bytes, int(_DIFFERENT_BYTES / max(share, 1e-6))
+    if before <= most:
+        return ()
+    sample.shrink(most)
+    return (
+        f"{share:.0%} of the text are different words, as where words are not parted by spaces, and memory grows with "
+        f"them: {sample.sample_bytes} of {before} bytes sampled were used",
+    )
 
 
 def _fit_merges(

@@ -264,8 +264,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     Returns:
         (K, M, N) in `dtype`; a zero matrix stays zero.
     """
-    norms = torch.linalg.matrix_norm(matrices.float(), keepdim=True)  # (K, 1, 1), at least the largest singular value
-    x: Tensor = (matrices / norms.clamp_min(1e-12)).to(dtype)
+    # The Frobenius norm is at least the largest singular value; always taken in fp32.
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)  # (K, 1, 1)
+    x: Tensor = matrices.to(dtype) / norms.clamp_min(1e-12).to(dtype)
     if dtype == torch.float32 and 2 * x.shape[-1] > 3 * x.shape[-2]:
         return _gram_newton_schulz(x)
     for a, b, c in COEFFICIENTS:

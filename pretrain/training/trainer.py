@@ -431,10 +431,10 @@ class Trainer:
             ArtifactError: when what is there cannot be used.
             ValueError: when the data is not what the checkpoint saw.
         """
-        found = checkpoint.find_resumable(self.directory)
+        found = checkpoint.find_resumable(self.directory, report=lambda line: self.console.print(line, highlight=False))
         if found is None:
             return None
-        loaded = checkpoint.load_checkpoint(found)
+        loaded = checkpoint.load_checkpoint(found, verify=False)  # its digests were just compared
         self.data.check(loaded.state["data"])
         self.store.read(self.unwrapped, found / "model")
         checkpoint.load_optimizer_state_by_name(self.unwrapped, self.bare_optimizer, loaded.optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
@@ -27,8 +28,9 @@ from pretrain.data.documents import (
 )
 
 LINES = st.lists(
-    st.sampled_from([b"alpha", b"= head", b"", b"  ", b"\xff\xfe bad", "宋词 é".encode(), b"x" * 50, b"= \xff"])
-    .flatmap(lambda text: st.sampled_from([text + b"\n", text + b"\r\n"])),
+    st.sampled_from(
+        [b"alpha", b"= head", b"", b"  ", b"\xff\xfe bad", "宋词 é".encode(), b"x" * 50, b"= \xff"]
+    ).flatmap(lambda text: st.sampled_from([text + b"\n", text + b"\r\n"])),
     max_size=14,
 ).map(b"".join)
 MODES = ["line", "paragraph", DocumentStart(start="^= ")]
@@ -41,7 +43,7 @@ def source(path: Path, data: bytes) -> SourceFile:
 
 def ranges(total: int, cuts: list[int]) -> list[tuple[int, int]]:
     bounds = sorted({0, total, *(cut for cut in cuts if cut < total)})
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 @settings(max_examples=150, deadline=None)
@@ -113,8 +115,16 @@ def _encodable(text: str) -> bool:
 
 def test_bad_rows_are_counted_and_named(tmp_path):
     lines = [
-        b'{"text": "one"}', b"{broken", b'{"other": 1}', b'{"text": 5}', b'{"text": ""}', b"", b'{"text": "\xff"}',
-        b'{"text": "two", "score": NaN}', b'{"text": "\\ud800"}', b"[1]",
+        b'{"text": "one"}',
+        b"{broken",
+        b'{"other": 1}',
+        b'{"text": 5}',
+        b'{"text": ""}',
+        b"",
+        b'{"text": "\xff"}',
+        b'{"text": "two", "score": NaN}',
+        b'{"text": "\\ud800"}',
+        b"[1]",
     ]
     file = source(tmp_path / "a.jsonl", b"\n".join(lines))
     report = ReadReport()

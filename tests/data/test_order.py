@@ -22,7 +22,7 @@ def test_permute_is_the_same_one_index_at_a_time_and_far_out():
     together = permute(indices, size, 3, 5)
     alone = [int(permute(indices[i : i + 1], size, 3, 5)[0]) for i in range(len(indices))]
     assert together.tolist() == alone
-    assert ((0 <= together) & (together < size)).all()
+    assert ((together >= 0) & (together < size)).all()
     assert together.tolist() != permute(indices, size, 3, 6).tolist()
     assert together.tolist() != permute(indices, size, 4, 5).tolist()
 
@@ -76,4 +76,4 @@ def test_draws_are_uniform_and_independent():
 
 def test_hash_tells_the_order_of_counters():
     assert len({int(hash_counters(*pair)[0]) for pair in [(0, 1), (1, 0), (0, 0), (1, 1), (0,), (1,)]}) == 6
-    assert int(hash_counters(1, 2, 3)[0]) == 0
+    assert int(hash_counters(1, 2, 3)[0]) == 2794788227269299530  # changing the hash would change every run

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from pretrain.evaluation.likelihood import evaluate_batches
@@ -111,8 +112,12 @@ def test_a_prepared_and_compiled_model_scores_alike(architecture: str) -> None:
     """Accelerate's wrapping of forward keeps the signature, and a compiled graph does not swallow the selection."""
     kind = "causal" if architecture == "gpt2" else "mlm"
     plain = evaluate_batches(loom(architecture), [packed_batch(kind)], device="cpu", autocast=torch.bfloat16)
-    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(loom(architecture))
-    assert evaluate_batches(prepared, [packed_batch(kind)], device="cpu") == pytest.approx(plain, rel=1e-6)
+    AcceleratorState._reset_state(True)  # it is the process's: another test's precision would hold here, and ours there
+    try:
+        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(loom(architecture))
+        assert evaluate_batches(prepared, [packed_batch(kind)], device="cpu") == pytest.approx(plain, rel=1e-6)
+    finally:
+        AcceleratorState._reset_state(True)
     compiled = loom(architecture)
     compiled.compile(backend="eager")
     exact = evaluate_batches(loom(architecture), [packed_batch(kind)], device="cpu")

@@ -1,0 +1,255 @@
+"""Speed of the data plane, side by side with what people run, on the embedded corpus and one core.
+
+What lives here: measuring. Three ways to token shards with the same tokenizer, interleaved: the bare
+`Tokenizer.encode_batch_fast`; what transformers' run_clm.py does (`datasets.map` with the tokenizer, then with
+group_texts); and `pretrain prepare`, text files to committed shards. Then the loader alone, packed, causal and masked.
+
+    python scripts/bench_data.py [--repeats 3] [--copies 2] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAYON_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from pretrain.config import ObjectiveConfig, RunConfig, config_from_dict
+from pretrain.data.loader import DataPlane
+from pretrain.data.packing import PackingSpec, plan_packing
+from pretrain.data.sources import corpus_digest, stdlib_corpus
+from pretrain.files import write_json, write_manifest
+from pretrain.prepare import prepare_data
+
+SEQUENCE_LENGTH = 1024
+SPECIAL = {
+    "pad": "[PAD]",
+    "unk": "[UNK]",
+    "cls": "[CLS]",
+    "sep": "[SEP]",
+    "mask": "[MASK]",
+    "bos": "<s>",
+    "eos": "</s>",
+}
+
+
+def make_tokenizer(directory: Path, texts: list[str], vocab_size: int) -> None:
+    """A byte-level BPE tokenizer with every special token, so that both layouts can be timed on it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    directory.mkdir(parents=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {f"{role}_token": token for role, token in SPECIAL.items()})
+    write_manifest(directory, kind="tokenizer", config={})
+
+
+def bare(tokenizer: Path, texts: list[str], scratch: Path) -> int:
+    """`encode_batch_fast` on lists of about a megabyte, and nothing else."""
+    fast = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    batch: list[str] = []
+    tokens = size = 0
+    for text in [*texts, None]:
+        if text is not None:
+            batch.append(text)
+            size += len(text)
+        if size >= 1 << 20 or text is None:
+            tokens += sum(len(encoding) for encoding in fast.encode_batch_fast(batch, add_special_tokens=False))
+            batch, size = [], 0
+    return tokens
+
+
+def run_clm(tokenizer: Path, texts: list[str], scratch: Path) -> int:
+    """The two maps of run_clm.py (transformers, examples/pytorch/language-modeling), with its defaults."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import PreTrainedTokenizerFast
+
+    disable_progress_bars()
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"))
+    fast.model_max_length = 1 << 40
+
+    def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        joined = {key: list(chain(*examples[key])) for key in examples}
+        total = (len(joined["input_ids"]) // SEQUENCE_LENGTH) * SEQUENCE_LENGTH
+        blocks = {
+            key: [ids[start : start + SEQUENCE_LENGTH] for start in range(0, total, SEQUENCE_LENGTH)]
+            for key, ids in joined.items()
+        }
+        blocks["labels"] = blocks["input_ids"].copy()
+        return blocks
+
+    raw = Dataset.from_dict({"text": texts})
+    cache = {"load_from_cache_file": False, "batched": True}
+    tokenized = raw.map(
+        lambda examples: fast(examples["text"]),
+        remove_columns=["text"],
+        cache_file_name=str(scratch / "tokenized.arrow"),
+        **cache,
+    )
+    grouped = tokenized.map(group_texts, cache_file_name=str(scratch / "grouped.arrow"), **cache)
+    return len(grouped) * SEQUENCE_LENGTH
+
+
+def config_for(root: Path, name: str, files: Path, architecture: str = "llama") -> RunConfig:
+    """A run that prepares `files`."""
+    kind = "mlm" if architecture == "bert" else "causal"
+    data = {"train": [str(files)], "sequence_length": SEQUENCE_LENGTH, "workers": 1, "document": "file"}
+    return config_from_dict(
+        {
+            "name": name,
+            "out": str(root),
+            "data": data,
+            "model": {"architecture": architecture},
+            "objective": {"kind": kind},
+            "optimizer": {"lr": 1e-3},
+            "train": {"batch_tokens": 64 * SEQUENCE_LENGTH, "steps": 1},
+        }
+    )
+
+
+def ours(tokenizer: Path, files: Path, scratch: Path) -> int:
+    """`pretrain prepare`: read, split, encode, write, hash, plan the rows, commit."""
+    config = config_for(scratch, "ours", files)
+    config.directory.mkdir()
+    (config.directory / "tokenizer").symlink_to(tokenizer, target_is_directory=True)
+    directory = prepare_data(config)
+    splits = json.loads((directory / "manifest.json").read_text())["facts"]["splits"]
+    return sum(split["tokens"] for split in splits.values())
+
+
+def timed(work: Callable[..., int], *arguments: Any) -> tuple[float, int]:
+    """Seconds and tokens, in a scratch directory of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.perf_counter()
+        tokens = work(*arguments, Path(scratch))
+        return time.perf_counter() - start, tokens
+
+
+def bench_prepare(root: Path, texts: list[str], repeats: int) -> dict[str, Any]:
+    """Megabytes of text a second of the three, and the ratios round by round."""
+    files, tokenizer = root / "text", root / "tokenizer"
+    size = sum(len(text.encode()) for text in texts)
+    rates: dict[str, list[float]] = {"bare": [], "run_clm": [], "ours": []}
+    for _ in range(repeats):
+        for name, work, source in (("bare", bare, texts), ("run_clm", run_clm, texts), ("ours", ours, files)):
+            seconds, _ = timed(work, tokenizer, source)
+            rates[name].append(size / 1e6 / seconds)
+    pairs = {
+        other: statistics.median(a / b for a, b in zip(rates["ours"], rates[other], strict=True))
+        for other in ("bare", "run_clm")
+    }
+    return {
+        "megabytes": size / 1e6,
+        "megabytes_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "ours_to_bare": pairs["bare"],
+        "ours_to_run_clm": pairs["run_clm"],
+    }
+
+
+def bench_loader(root: Path, repeats: int) -> dict[str, float]:
+    """Millions of token positions a second of `DataPlane.batch`, inline, on one core."""
+    out = {}
+    config = config_for(root, "loader", root / "text")
+    config.directory.mkdir()
+    (config.directory / "tokenizer").symlink_to(root / "tokenizer", target_is_directory=True)
+    directory = prepare_data(config)
+    for kind, layout in (("causal", "decoder"), ("mlm", "encoder")):
+        for rows in (8, 64, 512):
+            data = DataPlane.from_directory(
+                directory, objective=ObjectiveConfig(kind=kind), sequence_length=SEQUENCE_LENGTH, rows_per_batch=rows
+            )
+            steps = max(2, 2048 // rows)
+            seconds = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                for step in range(steps):
+                    data.batch(step)
+                seconds.append(time.perf_counter() - start)
+            out[f"{kind}, {rows} rows ({layout})"] = steps * rows * SEQUENCE_LENGTH / min(seconds) / 1e6
+    return out
+
+
+def bench_packing(documents: int) -> dict[str, float]:
+    """Seconds to plan documents with log-normal lengths (median 400)."""
+    lengths = np.exp(np.random.default_rng(0).normal(6.0, 1.0, documents)).astype(np.int64) + 1
+    start = time.perf_counter()
+    plan = plan_packing(lengths, PackingSpec(SEQUENCE_LENGTH, "decoder", 1, 1, 64))
+    return {"documents": documents, "seconds": time.perf_counter() - start, "utilisation": plan.utilisation}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=2, help="times the embedded corpus is taken")
+    parser.add_argument("--vocab-size", type=int, default=16_384)
+    parser.add_argument("--documents", type=int, default=10_000_000, help="for the packing plan")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    options = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        (root / "text").mkdir()
+        once = [path.read_bytes().decode() for _, path in stdlib_corpus()]
+        texts = once * options.copies
+        for number, text in enumerate(texts):
+            (root / "text" / f"{number:06d}.txt").write_bytes(text.encode())
+        make_tokenizer(root / "tokenizer", once, options.vocab_size)
+        result = {
+            "corpus": corpus_digest(),
+            "prepare": bench_prepare(root, texts, options.repeats),
+            "loader_million_tokens_per_second": bench_loader(root, options.repeats),
+            "packing": bench_packing(options.documents),
+        }
+    show(console, result)
+    if options.json is not None:
+        write_json(options.json, result)
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """The numbers as tables."""
+    prepare = result["prepare"]
+    table = Table(title=f"text to tokens, {prepare['megabytes']:.1f} MB, one core")
+    table.add_column("way")
+    table.add_column("MB/s", justify="right")
+    table.add_column("ours is", justify="right")
+    for name, rate in prepare["megabytes_per_second"].items():
+        ratio = prepare.get(f"ours_to_{name}")
+        table.add_row(name, f"{rate:.2f}", f"{ratio:.2f} x" if ratio is not None else "")
+    console.print(table)
+    table = Table(title="loader alone, one core")
+    table.add_column("batch")
+    table.add_column("million tokens/s", justify="right")
+    for name, rate in result["loader_million_tokens_per_second"].items():
+        table.add_row(name, f"{rate:.1f}")
+    console.print(table)
+    packing = result["packing"]
+    console.print(
+        f"packing plan of {packing['documents']:,} documents: {packing['seconds']:.1f} s, "
+        f"{packing['utilisation']:.2%} used"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The verb `tokenizer`, the recipes, and taking over an existing tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from pretrain.config import RunConfig, config_from_dict
+from pretrain.data.vocabulary import read_vocabulary
+from pretrain.files import ArtifactError, read_manifest, verify_manifest
+from pretrain.tokenizer import is_trained, take_tokenizer, train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "tokenizer").glob("*.yaml"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.jsonl"
+    lines = [f"the {number} small words of document {number % 13}, and of 天地" for number in range(400)]
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file
+
+
+def run_config(tmp_path: Path, text: Path, **changes: Any) -> RunConfig:
+    plain: dict[str, Any] = {
+        "name": "try",
+        "out": str(tmp_path / "runs"),
+        "tokenizer": {"algorithm": "byte-bpe", "vocab_size": 320, "pad_to_multiple": 16},
+        "data": {"train": [str(text)], "sequence_length": 32},
+        "model": {"architecture": "gpt2"},
+        "objective": {"kind": "causal"},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 1, "batch_tokens": 64},
+    }
+    return config_from_dict(plain | changes)
+
+
+def test_it_makes_the_artifact_once(tmp_path: Path, text: Path) -> None:
+    config = run_config(tmp_path, text)
+    assert not is_trained(config)
+    directory = train_tokenizer(config)
+    assert directory == tmp_path / "runs" / "try" / "tokenizer"
+    manifest = read_manifest(directory, "tokenizer")
+    verify_manifest(directory, manifest)
+    facts = manifest.facts
+    assert (facts["vocab_size"], facts["learnt"]) == (320, 320)
+    assert facts["special_ids"] == {"bos": 0, "eos": 0, "pad": 1}
+    assert facts["all_special_ids"] == [0, 1]
+    assert facts["corpus"]["documents"] < 400, "validation documents are held out"
+    report = json.loads((directory / "report.json").read_text())
+    assert report["total"]["exact_share"] == 1.0
+    assert report["peak_rss_bytes"] > 10_000_000
+    assert (directory / "report.md").read_text().startswith("# Tokenizer: byte-bpe, 320 ids")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert (len(tokenizer), tokenizer.model_max_length) == (320, 32)
+    before = (directory / "manifest.json").stat().st_mtime_ns
+    assert is_trained(config)
+    assert train_tokenizer(config) == directory
+    assert (directory / "manifest.json").stat().st_mtime_ns == before
+    assert sorted(path.name for path in directory.parent.iterdir()) == ["tokenizer"]
+
+
+def test_the_same_twice(tmp_path: Path, text: Path) -> None:
+    first, second = run_config(tmp_path, text), run_config(tmp_path, text, name="again")
+    one, two = (read_manifest(train_tokenizer(config), "tokenizer") for config in (first, second))
+    assert one.digest == two.digest
+
+
+def test_changed_text_makes_it_anew(tmp_path: Path, text: Path) -> None:
+    config = run_config(tmp_path, text)
+    directory = train_tokenizer(config)
+    old = read_manifest(directory, "tokenizer")
+    os.utime(text, ns=(1, 1))
+    assert is_trained(config), "another time, the same text"
+    text.write_text(text.read_text() + json.dumps({"text": "and quite another text " * 20}) + "\n")
+    assert not is_trained(config)
+    train_tokenizer(config)
+    assert is_trained(config)
+    assert read_manifest(directory, "tokenizer").inputs != old.inputs
+
+
+def test_another_configuration_is_refused(tmp_path: Path, text: Path) -> None:
+    directory = train_tokenizer(run_config(tmp_path, text))
+    other = run_config(tmp_path, text, tokenizer={"algorithm": "byte-bpe", "vocab_size": 384, "pad_to_multiple": 16})
+    with pytest.raises(ArtifactError, match="vocab_size: 320 -> 384"):
+        train_tokenizer(other)
+    assert read_manifest(directory, "tokenizer").config["vocab_size"] == 320
+
+
+def test_altered_files_are_noticed(tmp_path: Path, text: Path) -> None:
+    config = run_config(tmp_path, text)
+    directory = train_tokenizer(config)
+    (directory / "tokenizer_config.json").write_text("{}")
+    assert not is_trained(config)
+    train_tokenizer(config)
+    assert is_trained(config)
+
+
+@pytest.mark.parametrize("tail_of", ["row", "file"])
+def test_held_out_text_is_not_learnt_from(tmp_path: Path, tail_of: str) -> None:
+    file = tmp_path / ("text.jsonl" if tail_of == "row" else "text.txt")
+    lines = ["seen words here"] * 90 + ["zzyzx"] * 10
+    body = "".join(json.dumps({"text": line}) + "\n" for line in lines) if tail_of == "row" else "\n".join(lines)
+    file.write_text(body)
+    data = {"train": [str(file)], "sequence_length": 32, "validation": {"tail": 0.2}}
+    directory = train_tokenizer(run_config(tmp_path, file, data=data))
+    vocabulary = AutoTokenizer.from_pretrained(directory).get_vocab()
+    assert "Ġwords" in vocabulary
+    assert not any("zz" in token for token in vocabulary)
+
+
+def test_an_existing_tokenizer_is_taken_over(tmp_path: Path, text: Path) -> None:
+    source = train_tokenizer(run_config(tmp_path, text))
+    config = run_config(tmp_path, text, name="taken", tokenizer={"from": str(source)})
+    directory = train_tokenizer(config)
+    assert (directory / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert json.loads((directory / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert read_manifest(directory, "tokenizer").facts["vocab_size"] == 320
+    assert read_vocabulary(directory) == read_vocabulary(source)
+    assert is_trained(config)
+    (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text() + "\n")
+    assert not is_trained(config)
+
+
+def test_a_tokenizer_that_does_not_serve_is_refused(tmp_path: Path, text: Path) -> None:
+    source = train_tokenizer(run_config(tmp_path, text))
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match=r"no mask_token, which objective\.kind: mlm needs"):
+        take_tokenizer(str(source), out, objective="mlm")
+    with pytest.raises(ValueError, match=r"tokenizer\.from: .* cannot be loaded"):
+        take_tokenizer(str(tmp_path / "nothing"), out, objective="mlm")
+    assert not list(out.iterdir())
+
+
+def test_a_model_brings_its_own_tokenizer(tmp_path: Path, text: Path) -> None:
+    source = train_tokenizer(run_config(tmp_path, text))
+    config = run_config(tmp_path, text, name="model", model={"from": str(source)}, tokenizer={})
+    assert read_manifest(train_tokenizer(config), "tokenizer").config["from"] == str(source)
+    other = run_config(tmp_path, text, name="other", model={"from": str(source)}, tokenizer={"vocab_size": 500})
+    with pytest.raises(ValueError, match="has its own vocabulary"):
+        train_tokenizer(other)
+
+
+def test_bytes_need_no_corpus_of_any_size(tmp_path: Path, text: Path) -> None:
+    config = run_config(tmp_path, text, tokenizer={"algorithm": "bytes", "pad_to_multiple": 1})
+    directory = train_tokenizer(config)
+    assert read_manifest(directory, "tokenizer").facts["vocab_size"] == 258
+    text.write_text(text.read_text() * 2)
+    assert is_trained(config), "the text does not decide it"
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipes() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("train_recipe", ROOT / "tokenizer" / "train.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # pydantic looks annotations up there
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs(recipes: ModuleType, recipe: Path, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "tokenizer"
+    assert recipes.main([str(recipe), "--files", str(text), "--out", str(out), "min_frequency=3"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) == json.loads((out / "report.json").read_text())["vocab_size"]
+    assert "small" in tokenizer.decode(tokenizer("the small words")["input_ids"])
+
+
+def test_recipes_are_refused_with_reasons(
+    recipes: ModuleType, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(RECIPES[0]), "--files", str(text), "--out", str(tmp_path / "out")]
+    assert recipes.main([*command, "vocab_sise=5"]) == 2
+    assert "tokenizer.vocab_sise" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
