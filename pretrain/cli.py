@@ -25,7 +25,8 @@ app = typer.Typer(
 
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted overrides")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face model directory")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, or a Hub name")]
+ModelDirectory = Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face model directory")]
 
 
 def _console() -> Console:
@@ -83,69 +84,98 @@ def train(
     raise typer.Exit(verb.train(_config(config, overrides), resume=resume, console=_console()))
 
 
+Tokenizer = Annotated[str | None, typer.Option(help="another tokenizer: a directory or a Hub name")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one")]
+TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
+
+
 @app.command()
 def evaluate(
-    model: Model,
+    model: ModelName,
     data: Annotated[list[str], typer.Argument(metavar="TEXT...", help="files, globs, directories, python-stdlib")],
-    text_field: Annotated[str, typer.Option(help="the field of jsonl, csv and parquet that holds the text")] = "text",
+    kind: Annotated[str, typer.Option(help="auto, causal or masked")] = "auto",
+    text_field: Annotated[str, typer.Option(help="the field of jsonl, csv and parquet with the text")] = "text",
     document: Annotated[str, typer.Option(help="auto, row, file, line or paragraph")] = "auto",
-    context: Annotated[
-        int | None, typer.Option(help="tokens of context; default: the model's own length, at most 1024")
-    ] = None,
+    context: Annotated[int | None, typer.Option(help="tokens; default: the model's, at most 1024")] = None,
+    stride: Annotated[int | None, typer.Option(help="causal: sliding context, new tokens a window")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="use about this much text; default: all of it")] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "fp32",
-    pseudo_perplexity: Annotated[int, typer.Option(help="masked models: score this many sentences so; 0 for none")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "fp32",
+    pseudo_perplexity: Annotated[int, typer.Option(help="masked: over this many sentences; 0 for none")] = 100,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
     output: Annotated[Path | None, typer.Option(help="write the scores as JSON here")] = None,
 ) -> None:
     """Score any Hugging Face model on text: loss and bits per byte, or masked loss and accuracy."""
     from pretrain.evaluate import evaluate_model, show_scores
 
-    console = _console()
     scores = evaluate_model(
         model,
         data,
+        kind=kind,
         text_field=text_field,
         document=document,
         context=context,
+        stride=stride,
         max_bytes=max_bytes,
         precision=precision,
         pseudo_perplexity=pseudo_perplexity,
-        console=console,
+        tokenizer=tokenizer,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        out=output,
+        console=_console(),
     )
     show_scores(scores, Console(soft_wrap=True))
-    if output is not None:
-        write_bytes(output, (json.dumps(scores, indent=2) + "\n").encode())
 
 
 @app.command()
 def generate(
-    model: Model,
+    model: ModelName,
     prompt: Annotated[str, typer.Argument(help="the text to go on from")],
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to add at most")] = 100,
+    max_new_tokens: Annotated[int | None, typer.Option(help="tokens to add at most; default: what fits")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="sample from the k likeliest")] = None,
     top_p: Annotated[float | None, typer.Option(help="sample from the likeliest that hold this much")] = None,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Continue a text with any causal model."""
     from pretrain.generate import generate_text
 
     text = generate_text(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        tokenizer=tokenizer,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
     sys.stdout.write(text + "\n")
 
 
 @app.command()
 def fill(
-    model: Model,
+    model: ModelName,
     text: Annotated[str, typer.Argument(help="a text with one or more [MASK]")],
     top_k: Annotated[int, typer.Option(help="candidates for each mask")] = 5,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Fill the masks of a text with any masked model."""
     from pretrain.fill import fill_masks, show_candidates
 
-    show_candidates(fill_masks(model, text, top_k=top_k), Console(soft_wrap=True))
+    filled = fill_masks(
+        model, text, top_k=top_k, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code
+    )
+    show_candidates(filled, Console(soft_wrap=True))
 
 
 @app.command()
@@ -166,7 +196,7 @@ def export(
 
 @app.command(name="import")
 def import_(
-    model: Model,
+    model: ModelDirectory,
     out: Annotated[Path, typer.Argument(help="the directory to make")],
 ) -> None:
     """Turn a stock BERT, ModernBERT, GPT-2 or Llama directory into a Loom one, and prove that the logits are equal."""

@@ -92,9 +92,9 @@ def prepare_data(
     seen = _seen(config)
     plan = make_plan(config.data, str(tokenizer), manifest.digest, vocabulary.vocab_size, max_bytes)
     _start_or_go_on(work, plan)
-    unfinished = [number for number, part in enumerate(plan.parts) if not _is_finished(work, part)]
-    if unfinished:
-        _work_on(work, plan, unfinished, _workers(config), console, report)
+    finished = [number for number, part in enumerate(plan.parts) if _is_finished(work, part)]
+    if len(finished) < len(plan.parts):
+        _work_on(work, plan, finished, _workers(config), console, report)
     made = _finish(config, work, plan, vocabulary, seen)
     (work / "data").rename(directory)
     sync_directory(directory.parent)
@@ -203,15 +203,15 @@ def _load_tokenizer(directory: str, digest: str) -> Tokenizer:
 
 
 class _PartStep(PipelineStep):  # type: ignore[misc]
-    """A step that knows its part: rank r works on the r-th unfinished one. Small, as it travels to each worker."""
+    """A step that finds its part in the plan on the disk: rank r works on part r. Small, as it travels to workers."""
 
-    def __init__(self, work: Path, plan: Plan, unfinished: list[int]) -> None:
+    def __init__(self, work: Path, plan: Plan) -> None:
         super().__init__()
-        self.work, self.digest, self.unfinished = str(work), plan.digest, unfinished
+        self.work, self.digest = str(work), plan.digest
 
     def plan_and_part(self, rank: int) -> tuple[Plan, Part]:
         plan = _read_plan(str(Path(self.work) / "plan.json"), self.digest)
-        return plan, plan.parts[self.unfinished[rank]]
+        return plan, plan.parts[rank]
 
 
 class ReadPart(_PartStep):
@@ -240,12 +240,12 @@ class ReadPart(_PartStep):
                 for split, document in split_of(whole):
                     metadata = {"split": split, "file": piece.file}
                     yield PipelineDocument(document.text, f"{file.name}:{document.position}", metadata=metadata)
-                progress[self.unfinished[rank]] = done + read.consumed
+                progress[rank] = done + read.consumed
                 size += len(whole.text)
                 if plan.max_bytes is not None and size >= plan.max_bytes:
                     break
             done += _weight(file, piece.byte_range)
-            progress[self.unfinished[rank]] = done
+            progress[rank] = done
             yield PipelineDocument("", "", metadata={"read": read, "file": piece.file})
 
 
@@ -338,10 +338,13 @@ def _batches(documents: Iterator[PipelineDocument], counts: _Counts) -> Iterator
 class _Executor(LocalPipelineExecutor):  # type: ignore[misc]
     """datatrove's local executor, quiet, with the cores shared out between processes and the tokenizer's threads."""
 
-    def __init__(self, steps: list[PipelineStep], *, tasks: int, cores: int, logging_dir: str) -> None:
-        processes = min(cores, tasks)
-        super().__init__(steps, tasks=tasks, workers=processes, logging_dir=logging_dir, skip_completed=False)
+    def __init__(self, work: Path, plan: Plan, finished: list[int], cores: int) -> None:
+        steps = [ReadPart(work, plan), WriteShards(work, plan)]
+        processes = min(cores, len(plan.parts) - len(finished))
+        super().__init__(steps, tasks=len(plan.parts), workers=processes, logging_dir=str(work / "logs"))
         self.threads = cores // processes
+        for number in finished:  # by our own marks and digests; what datatrove noted of an earlier run was removed
+            self.mark_rank_as_completed(number)
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         datatrove_logger.disable("datatrove")
@@ -352,21 +355,19 @@ class _Executor(LocalPipelineExecutor):  # type: ignore[misc]
 
 
 def _work_on(
-    work: Path, plan: Plan, unfinished: list[int], cores: int, console: Console | None, report: Report | None
+    work: Path, plan: Plan, finished: list[int], cores: int, console: Console | None, report: Report | None
 ) -> None:
     """Run the unfinished parts and show how far they are."""
-    progress = _start_progress(work, plan, set(unfinished))
+    progress = _start_progress(work, plan, set(finished))
     total = sum(part.weight for part in plan.parts)
-    steps = [ReadPart(work, plan, unfinished), WriteShards(work, plan, unfinished)]
-    logs = work / "logs"
-    executor = _Executor(steps, tasks=len(unfinished), cores=cores, logging_dir=str(logs))
+    shutil.rmtree(work / "logs", ignore_errors=True)
+    executor = _Executor(work, plan, finished, cores)
     with _shown(progress, total, console, report), _without_main_module():
         datatrove_logger.disable("datatrove")
         try:
             executor.run()
         finally:
             datatrove_logger.enable("datatrove")
-    shutil.rmtree(logs, ignore_errors=True)
 
 
 @contextmanager
@@ -399,8 +400,8 @@ def _open_progress(work: Path) -> npt.NDArray[np.int64]:
     return np.memmap(work / "progress", dtype=np.int64, mode="r+")
 
 
-def _start_progress(work: Path, plan: Plan, unfinished: set[int]) -> npt.NDArray[np.int64]:
-    done = [0 if number in unfinished else part.weight for number, part in enumerate(plan.parts)]
+def _start_progress(work: Path, plan: Plan, finished: set[int]) -> npt.NDArray[np.int64]:
+    done = [part.weight if number in finished else 0 for number, part in enumerate(plan.parts)]
     np.array(done, dtype=np.int64).tofile(work / "progress")
     return _open_progress(work)
 

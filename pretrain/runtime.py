@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from pretrain.config import TrainConfig
 
@@ -68,6 +69,8 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
     use_cpu = not torch.cuda.is_available()
     device = torch.device("cpu" if use_cpu else "cuda")
     precision = resolve_precision(train.precision, device)
+    # Accelerate keeps one state a process and refuses a second precision; a program may train two models in turn.
+    AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(cpu=use_cpu, mixed_precision=_MIXED[precision])
     if accelerator.num_processes > 1:
         raise ValueError(

@@ -18,8 +18,8 @@ from pretrain.config import RunConfig, dump_config
 from pretrain.data.loader import DataPlane, ValidationData
 from pretrain.evaluation.likelihood import evaluate_batches
 from pretrain.files import read_manifest, replace_file
-from pretrain.model_dir import PublishedStore, read_loom
 from pretrain.interop import stock_config
+from pretrain.model_dir import PublishedStore, read_loom
 from pretrain.models import LoomPreTrainedModel, flops_per_token, loom_config, model_from_config, pick_backend
 from pretrain.runtime import EXIT_STOPPED, import_path, keep_freed_memory, make_accelerator, resolve_precision, set_seed
 from pretrain.training import checkpoint

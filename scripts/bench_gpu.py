@@ -26,10 +26,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.gpu.synthetic import make_run
-
 from pretrain.config import load_config
 from pretrain.train import build_trainer
+from tests.gpu.synthetic import make_run
 
 # name of a shipped run, rows a forward pass, rows a step
 CASES = (("gpt2-small", 32, 64), ("modernbert-base", 32, 64), ("bert-base", 64, 128), ("llama-350m", 8, 16))

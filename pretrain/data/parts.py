@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from pretrain.config import DataConfig, DocumentStart, Source, ValidationSplit
@@ -64,7 +65,7 @@ class Plan:
     max_bytes: int | None
     version: int = PLAN_VERSION
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal for plans that give the same bytes."""
         return sha256_json(self.to_json())

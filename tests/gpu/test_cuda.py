@@ -106,9 +106,8 @@ def test_a_neighbour_is_never_seen(architecture: str, dtype: torch.dtype | None)
 
 
 def test_the_loop_trains_and_resumes(tmp_path: Path) -> None:
-    from tests.gpu.synthetic import make_run
-
     from pretrain.train import build_trainer
+    from tests.gpu.synthetic import make_run
 
     whole = make_run(tmp_path / "whole", train={"steps": 8})
     build_trainer(whole).train()
@@ -125,9 +124,8 @@ def test_the_loop_trains_and_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns(tmp_path: Path, precision: str) -> None:
-    from tests.gpu.synthetic import make_run
-
     from pretrain.train import build_trainer
+    from tests.gpu.synthetic import make_run
 
     made = build_trainer(make_run(tmp_path, train={"steps": 30, "precision": precision}))
     made.train()

@@ -154,7 +154,7 @@ def test_tied_weights_stay_tied_and_copies_must_agree(architecture: str) -> None
     _, state = to_stock(loom.config, with_copies)
     assert state.keys() == kept_state(stock).keys()
     with_copies["lm_head.weight"] += 1
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
         to_stock(loom.config, with_copies)
     from_stock(stock.config, stock.state_dict())  # copies that agree are taken
 

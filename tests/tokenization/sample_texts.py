@@ -12,19 +12,6 @@ ALGORITHMS = ("byte-bpe", "bpe", "wordpiece", "unigram", "bytes")
 ARCHITECTURES = ("bert", "modernbert", "gpt2", "llama")
 
 _STEMS = ("walk", "talk", "jump", "light", "water", "river", "house", "garden", "letter", "number", "answer")
-    "walk",
-    "talk",
-    "jump",
-    "light",
-    "water",
-    "river",
-    "mountain",
-    "house",
-    "garden",
-    "letter",
-    "number",
-    "answer",
-)
 _ENDINGS = ("", "s", "ed", "ing", "er", "ers", "less", "ful", "fully")
 _CHINESE = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"
 
