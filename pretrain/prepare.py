@@ -17,9 +17,9 @@ import sys
 import threading
 import types
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -89,8 +89,16 @@ def prepare_data(
     manifest = read_manifest(tokenizer, "tokenizer")
     verify_manifest(tokenizer, manifest)
     vocabulary = read_vocabulary(tokenizer)
-    seen = _seen(config)
-    plan = make_plan(config.data, str(tokenizer), manifest.digest, vocabulary.vocab_size, max_bytes)
+    files = input_files(config.data)
+    seen = _seen(files)
+    plan = make_plan(
+        config.data,
+        files,
+        tokenizer=str(tokenizer),
+        tokenizer_digest=manifest.digest,
+        vocab_size=vocabulary.vocab_size,
+        max_bytes=max_bytes,
+    )
     _start_or_go_on(work, plan)
     finished = [number for number, part in enumerate(plan.parts) if _is_finished(work, part)]
     if len(finished) < len(plan.parts):
@@ -115,9 +123,10 @@ def is_prepared(config: RunConfig, *, max_bytes: int | None = None) -> bool:
         return False
     if made.config != _config_of(config, max_bytes) or made.inputs.get("tokenizer") != tokenizer:
         return False
-    if made.facts["inputs_seen"] == _seen(config):
+    files = input_files(config.data)
+    if made.facts["inputs_seen"] == _seen(files):
         return True
-    plan = make_plan(config.data, "", tokenizer, made.facts["tokenizer"]["vocab_size"], max_bytes)
+    plan = make_plan(config.data, files, tokenizer="", tokenizer_digest=tokenizer, vocab_size=0, max_bytes=max_bytes)
     return made.inputs == {**plan.inputs(), "tokenizer": tokenizer}
 
 
@@ -128,14 +137,13 @@ def _config_of(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
     return plain
 
 
-def _seen(config: RunConfig) -> dict[str, str]:
+def _seen(splits: Mapping[str, list[SourceFile]]) -> dict[str, str]:
     """Size and time of every input file."""
     seen = {}
-    for files in input_files(config.data).values():
-        for file in files:
-            if file.format != "hub":
-                status = os.stat(file.path)
-                seen[file.name] = f"{status.st_size} {status.st_mtime_ns}"
+    for file in chain.from_iterable(splits.values()):
+        if file.format != "hub":
+            status = os.stat(file.path)
+            seen[file.name] = f"{status.st_size} {status.st_mtime_ns}"
     return seen
 
 
@@ -184,9 +192,7 @@ def _is_finished(work: Path, part: Part) -> bool:
 
 @lru_cache(maxsize=1)
 def _read_plan(path: str, digest: str) -> Plan:
-    plan = Plan.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    assert plan.digest == digest
-    return plan
+    return Plan.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 @lru_cache(maxsize=1)
@@ -268,27 +274,41 @@ class WriteShards(_PartStep):
         writers: dict[str, ShardWriter] = {}
         with ExitStack() as stack:
             for batch in _batches(data, counts):
-                encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-                ids = [encoding.ids for encoding in encodings]
-                for split in dict.fromkeys(document.metadata["split"] for document in batch):
+                for split, encoded in _encode(tokenizer, batch, counts).items():
                     if split not in writers:
                         name = f"{split}/part-{part.number:05d}"
                         writer = ShardWriter(work / "data" / name, name, plan.vocab_size)
                         writers[split] = stack.enter_context(writer)
-                    chosen = [place for place, document in enumerate(batch) if document.metadata["split"] == split]
-                    lengths = [len(ids[place]) for place in chosen]
-                    sizes = [len(batch[place].text.encode("utf-8")) for place in chosen]
-                    writers[split].add(
-                        np.frombuffer(array("I", chain.from_iterable(ids[place] for place in chosen)), dtype=np.uint32),
-                        np.array(lengths, dtype=np.int64),
-                        sum(sizes),
-                    )
-                    for place, length, size in zip(chosen, lengths, sizes, strict=True):
-                        counts.add(batch[place].metadata["file"], split, length, size)
+                    ids = np.frombuffer(encoded.ids, dtype=np.uint32)
+                    writers[split].add(ids, np.array(encoded.lengths, dtype=np.int64), encoded.bytes)
         shards = [asdict(writer.facts()) for writer in writers.values()]
         mark = {"shards": shards, "files": counts.files, "bad": counts.named}
         replace_file(_marker(work, part), json.dumps(mark).encode())
         yield from ()
+
+
+@dataclass
+class _Encoded:
+    """Documents of a split: their ids one after another, how many each has, and their UTF-8 bytes."""
+
+    ids: array[int] = field(default_factory=lambda: array("I"))
+    lengths: list[int] = field(default_factory=list)
+    bytes: int = 0
+
+
+def _encode(tokenizer: Tokenizer, batch: list[PipelineDocument], counts: _Counts) -> dict[str, _Encoded]:
+    encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+    splits: dict[str, _Encoded] = {}
+    for document, encoding in zip(batch, encodings, strict=True):
+        split, ids = document.metadata["split"], encoding.ids
+        text = document.text
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
+        encoded = splits.setdefault(split, _Encoded())
+        encoded.ids.fromlist(ids)
+        encoded.lengths.append(len(ids))
+        encoded.bytes += size
+        counts.add(document.metadata["file"], split, len(ids), size)
+    return splits
 
 
 class _Counts:

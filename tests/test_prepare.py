@@ -35,8 +35,8 @@ def small_parts(monkeypatch):
     """Parts far below the configuration's least size, so that little text makes many."""
     made = prepare.make_plan
 
-    def make_plan(data, *arguments):
-        return made(data.model_copy(update={"part_bytes": 4000}), *arguments)
+    def make_plan(data, splits, **keys):
+        return made(data.model_copy(update={"part_bytes": 4000}), splits, **keys)
 
     monkeypatch.setattr(prepare, "make_plan", make_plan)
 

@@ -6,8 +6,8 @@ What must not: doing the work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -72,7 +72,12 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        raw = asdict(self)
+        raw = {
+            **vars(self),
+            "files": [vars(file) for file in self.files],
+            "parts": [{**vars(part), "pieces": [vars(piece) for piece in part.pieces]} for part in self.parts],
+        }
+        raw.pop("digest", None)  # where `cached_property` keeps it
         raw["document"] = self.document if isinstance(self.document, str) else self.document.model_dump()
         return raw
 
@@ -133,13 +138,20 @@ def input_files(data: DataConfig) -> dict[str, list[SourceFile]]:
     return splits
 
 
-def make_plan(data: DataConfig, tokenizer: str, tokenizer_digest: str, vocab_size: int, max_bytes: int | None) -> Plan:
-    """Cut the text into parts of about `data.part_bytes` and hash every input.
+def make_plan(
+    data: DataConfig,
+    splits: Mapping[str, list[SourceFile]],
+    *,
+    tokenizer: str,
+    tokenizer_digest: str,
+    vocab_size: int,
+    max_bytes: int | None,
+) -> Plan:
+    """Cut the text (as of `input_files`) into parts of about `data.part_bytes` and hash every input.
 
     Raises:
-        ValueError: when an entry names nothing, or `data.document` does not fit a file.
+        ValueError: when `data.document` does not fit a file.
     """
-    splits = input_files(data)
     files = [file for group in splits.values() for file in group]
     rule = data.validation.model_dump(exclude_none=True) if isinstance(data.validation, ValidationSplit) else None
     if rule is not None and max_bytes is not None:

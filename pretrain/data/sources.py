@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,9 +81,12 @@ def resolve_sources(entries: Sequence[str | Source], *, key: str = "data.train")
 
 def refuse_repeated(files: Iterable[SourceFile], key: str) -> None:
     """Raise ValueError when two entries name the same file: it would be read twice, or trained on and held out."""
-    seen: dict[str, SourceFile] = {}
+    seen: dict[str | tuple[int, int], SourceFile] = {}
     for file in files:
-        identity = file.path if file.format == "hub" else str(Path(file.path).resolve())
+        identity: str | tuple[int, int] = file.path
+        if file.format != "hub":
+            status = os.stat(file.path)
+            identity = (status.st_dev, status.st_ino)
         if (other := seen.setdefault(identity, file)) is not file:
             raise ValueError(f"{key}: `{file.name}` comes twice, from `{other.entry}` and `{file.entry}`; remove one")
 
@@ -105,30 +109,31 @@ def _resolve(entry: str, source: str, key: str) -> list[SourceFile]:
             raise ValueError(f"{key}: the directory `{entry}` holds no file of a known format ({known}; .gz .zst .xz)")
         return found
     if path.is_file():
-        return [_source_file(path, entry, source, key)]
+        return [_source_file(str(path), entry, source, key)]
     matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
     if not matches:
         raise ValueError(f"{key}: `{entry}` names no file, directory, glob, hub:NAME or {STDLIB}; check the path")
-    return [_source_file(Path(match), entry, source, key) for match in matches]
+    return [_source_file(match, entry, source, key) for match in matches]
 
 
-def _known_files_below(directory: Path) -> list[Path]:
-    found = []
-    for path in directory.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        if path.is_file() and not hidden and _format_of(path)[0] is not None:
-            found.append(path)
-    return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
+def _known_files_below(directory: Path) -> list[str]:
+    """Files of a known format in a directory and those in it, hidden ones left out, sorted by relative path."""
+    found: list[str] = []
+    for folder, inner, names in os.walk(directory):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        visible = (name for name in names if not name.startswith(".") and _format_of(name)[0] is not None)
+        found.extend(os.path.join(folder, name) for name in visible)
+    return sorted(found)
 
 
-def _format_of(path: Path) -> tuple[str | None, str | None]:
-    suffix = path.suffix.lower()
-    compression = _COMPRESSIONS.get(suffix)
-    inner = Path(path.stem).suffix.lower() if compression else suffix
-    return _FORMATS.get(inner), compression
+def _format_of(path: str) -> tuple[str | None, str | None]:
+    stem, suffix = os.path.splitext(path)
+    compression = _COMPRESSIONS.get(suffix.lower())
+    inner = os.path.splitext(stem)[1] if compression else suffix
+    return _FORMATS.get(inner.lower()), compression
 
 
-def _source_file(path: Path, entry: str, source: str, key: str) -> SourceFile:
+def _source_file(path: str, entry: str, source: str, key: str) -> SourceFile:
     file_format, compression = _format_of(path)
     if file_format is None or (file_format == "parquet" and compression):
         known = ", ".join(_FORMATS)
@@ -136,7 +141,7 @@ def _source_file(path: Path, entry: str, source: str, key: str) -> SourceFile:
             f"{key}: `{path}` is of no known format; known are {known}, and all but parquet with .gz, .zst or .xz; "
             "give the file one of these suffixes"
         )
-    return SourceFile(str(path), str(path), file_format, path.stat().st_size, compression, entry, source)
+    return SourceFile(path, path, file_format, os.stat(path).st_size, compression, entry, source)
 
 
 # --- the embedded corpus --------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def open_bytes(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     Raises:
         ValueError: when the compressed data is damaged, while it is read.
     """
-    with Path(file.path).open("rb", buffering=_BUFFER) as raw:
+    with open(file.path, "rb", buffering=_BUFFER) as raw:
         try:
             if file.compression == "gz":
                 yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER), raw

@@ -258,6 +258,14 @@ def test_masks_allow_exactly_what_the_rules_say(pieces, causal: bool, window: in
                     assert bool(allowed[b, i, j]) == expected, (kind, b, i, j)
 
 
+@pytest.mark.parametrize("attention", list(BACKENDS))
+def test_a_learned_additive_mask_gets_its_gradient(attention: str) -> None:
+    model = tiny_model("gpt2", attention=attention).bfloat16()
+    bias = torch.zeros(1, 4, 20, 20, requires_grad=True)
+    model(input_ids=tokens(2, 20), attention_mask=bias).logits.float().pow(2).sum().backward()
+    assert bias.grad.abs().sum() > 0
+
+
 def test_positions_restart_with_each_document() -> None:
     ids = documents([3, 2, -2], [1, 5, -1])
     assert document_positions(ids).tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 0, 1, 2, 3, 4, 0]]
@@ -265,8 +273,8 @@ def test_positions_restart_with_each_document() -> None:
 
 def test_local_layers_look_at_the_window_alone() -> None:
     model = tiny_model("modernbert", num_hidden_layers=2, global_attention_every=2)
-    local = model.model.layers[1]
-    states = torch.randn(1, 30, 24)
+    local = model.model.layers[1].double()
+    states = torch.randn(1, 30, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     masks = build_masks(model.config, causal=False, length=30, past_length=0, key_length=30, device=torch.device("cpu"))
     tables = model.model._rotary(torch.arange(30)[None])["local"]
     changed = states.clone()

@@ -1,0 +1,110 @@
+"""Model directories: export and import by the command, sharding, dtypes, proofs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from pretrain.export import export_model, import_model
+from pretrain.files import ArtifactError
+from pretrain.model_dir import PublishedStore, read_loom, read_state, write_model
+from pretrain.models import loom_config, model_from_config
+
+ARCHITECTURES = ("bert", "modernbert", "gpt2", "llama")
+
+
+def drawn(architecture: str) -> Any:
+    """A tiny model with every parameter drawn, norms and biases too."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = model_from_config(loom_config(architecture, **sizes, max_position_embeddings=64))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_export_then_import(architecture: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    model = drawn(architecture)
+    write_model(model, source)
+    proof = export_model(source, tmp_path / "out", max_shard_bytes=20_000)
+    assert proof.difference <= 1e-5
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(read_state(tmp_path / "out"))
+    auto = AutoModelForCausalLM if architecture in ("gpt2", "llama") else AutoModelForMaskedLM
+    stock, report = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert stock.config.model_type == architecture
+    assert import_model(tmp_path / "out", tmp_path / "loom").difference <= 1e-5
+    config = json.loads((tmp_path / "loom" / "config.json").read_text())
+    assert config["model_type"].startswith("loom")
+    assert "AutoModel" in str(config["auto_map"])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_store_reads_back_bit_for_bit(architecture: str, tmp_path: Path) -> None:
+    model = drawn(architecture)
+    digests = PublishedStore().write(model, tmp_path)
+    assert set(digests) == {path.name for path in tmp_path.iterdir()}
+    other = model_from_config(model.config)
+    PublishedStore().read(other, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_proved_against_the_rounded_weights(dtype: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_model(drawn("llama"), source)
+    assert export_model(source, tmp_path / "out", dtype=dtype).difference <= 1e-5
+    kinds = {tensor.dtype for tensor in read_state(tmp_path / "out").values()}
+    assert kinds == {torch.bfloat16 if dtype == "bf16" else torch.float16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(kinds.pop()).split(".")[1]
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no run, checkpoint or model directory"):
+        export_model(tmp_path, tmp_path / "out")
+    source = tmp_path / "source"
+    source.mkdir()
+    write_model(drawn("gpt2"), source)
+    with pytest.raises(ValueError, match="dtype: int8 is unknown; use one of fp32, bf16, fp16"):
+        export_model(source, tmp_path / "out", dtype="int8")
+    export_model(source, tmp_path / "out")
+    with pytest.raises(ArtifactError, match="exists already"):
+        export_model(source, tmp_path / "out")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(ArtifactError, match="pickled weights are not read"):
+        read_loom(source)
+
+
+def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export whose logits differ is not published."""
+    import pretrain.export as verb
+
+    source = tmp_path / "source"
+    source.mkdir()
+    write_model(drawn("gpt2"), source)
+    read = verb.read_stock
+
+    def altered(directory: Path) -> Any:
+        model = read(directory)
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.bias[0] += 0.5
+        return model
+
+    monkeypatch.setattr(verb, "read_stock", altered)
+    with pytest.raises(ArtifactError, match="the logits differ"):
+        export_model(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,58 @@
+"""Precision, stop signals, import paths: what is asked of the machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import TrainConfig
+from pretrain.runtime import StopSignals, has_fast_bf16, import_path, make_accelerator, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def test_auto_precision_is_bf16_where_it_is_native() -> None:
+    assert resolve_precision("auto", CPU) == ("bf16" if has_fast_bf16(CPU) else "fp32")
+    assert resolve_precision("fp32", CPU) == "fp32"
+
+
+def test_fp16_needs_cuda() -> None:
+    with pytest.raises(ValueError, match=r"train.precision: fp16 needs a CUDA device.*use bf16 or fp32"):
+        resolve_precision("fp16", CPU)
+
+
+def test_two_precisions_in_one_process() -> None:
+    for precision, mixed in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        made = make_accelerator(TrainConfig(steps=1, batch_tokens=8, precision=precision))  # type: ignore[arg-type]
+        assert made.mixed_precision == mixed
+
+
+def test_signals_become_a_flag_and_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals(("SIGTERM", "SIGINT")) as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with StopSignals(("SIGINT",)) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parts_of_mine.py").write_text("def score(): return 7\n")
+    monkeypatch.chdir(tmp_path)
+    assert import_path("parts_of_mine:score")() == 7
+    with pytest.raises(ValueError, match="has no 'other'"):
+        import_path("parts_of_mine:other")
+    with pytest.raises(ValueError, match="no module 'not_there'"):
+        import_path("not_there:score")
