@@ -39,18 +39,24 @@ from pretrain.config import RunConfig
 from pretrain.data.documents import ReadReport, SourceFile, read_documents
 from pretrain.data.loader import LoadedSplit, layout_of
 from pretrain.data.parts import Part, Plan, input_files, make_plan
-from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, ShardWriter
-from pretrain.data.splits import TRAIN, VALIDATION
-from pretrain.data.vocabulary import SpecialIds, read_vocabulary
+from pretrain.data.shards import ShardWriter
+from pretrain.data.unfinished import (
+    NAMED_PROBLEMS,
+    finish,
+    is_finished,
+    marker,
+    open_progress,
+    start_or_go_on,
+    start_progress,
+)
+from pretrain.data.vocabulary import read_vocabulary
 from pretrain.files import (
     ArtifactError,
     Manifest,
     read_manifest,
     replace_file,
-    sha256_file,
     sync_directory,
     verify_manifest,
-    write_manifest,
 )
 
 Report = Callable[[int, int], None]
@@ -58,7 +64,6 @@ Report = Callable[[int, int], None]
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 8192
-_NAMED_PROBLEMS = 20
 
 
 def prepare_data(
@@ -99,11 +104,11 @@ def prepare_data(
         vocab_size=vocabulary.vocab_size,
         max_bytes=max_bytes,
     )
-    _start_or_go_on(work, plan)
-    finished = [number for number, part in enumerate(plan.parts) if _is_finished(work, part)]
+    start_or_go_on(work, plan)
+    finished = [number for number, part in enumerate(plan.parts) if is_finished(work, part)]
     if len(finished) < len(plan.parts):
         _work_on(work, plan, finished, _workers(config), console, report)
-    made = _finish(config, work, plan, vocabulary, seen)
+    made = finish(work, plan, vocabulary, config=_config_of(config, max_bytes), seen=seen)
     (work / "data").rename(directory)
     sync_directory(directory.parent)
     shutil.rmtree(work)
@@ -154,42 +159,6 @@ def _workers(config: RunConfig) -> int:
     return config.data.workers
 
 
-# --- unfinished work ------------------------------------------------------------------------------------------------
-
-
-def _start_or_go_on(work: Path, plan: Plan) -> None:
-    """Keep what an earlier call finished under the same plan; remove what it did under another."""
-    path = work / "plan.json"
-    if path.is_file():
-        try:
-            if Plan.from_json(json.loads(path.read_text(encoding="utf-8"))).digest == plan.digest:
-                return
-        except (json.JSONDecodeError, TypeError, KeyError):
-            pass  # cut off, or of another version: worth nothing
-    if work.exists():
-        shutil.rmtree(work)
-    for folder in ("data", "parts"):
-        (work / folder).mkdir(parents=True)
-    replace_file(path, json.dumps(plan.to_json()).encode())
-
-
-def _marker(work: Path, part: Part) -> Path:
-    return work / "parts" / f"{part.name}.json"
-
-
-def _is_finished(work: Path, part: Part) -> bool:
-    """Whether the part is marked as finished and its shards are what the mark says, byte for byte."""
-    path = _marker(work, part)
-    if not path.is_file():
-        return False
-    for shard in json.loads(path.read_text(encoding="utf-8"))["shards"]:
-        for suffix, digest in ((TOKENS_SUFFIX, shard["digest"]), (INDEX_SUFFIX, shard["index_digest"])):
-            file = work / "data" / (shard["name"] + suffix)
-            if not file.is_file() or sha256_file(file) != digest:
-                return False
-    return True
-
-
 @lru_cache(maxsize=1)
 def _read_plan(path: str, digest: str) -> Plan:
     return Plan.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -229,7 +198,7 @@ class ReadPart(_PartStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[PipelineDocument]:
         """Read the part's pieces in order."""
         plan, part = self.plan_and_part(rank)
-        progress = _open_progress(Path(self.work))
+        progress = open_progress(Path(self.work))
         done = size = 0
         for piece in part.pieces:
             file = plan.files[piece.file]
@@ -283,7 +252,7 @@ class WriteShards(_PartStep):
                     writers[split].add(ids, np.array(encoded.lengths, dtype=np.int64), encoded.bytes)
         shards = [asdict(writer.facts()) for writer in writers.values()]
         mark = {"shards": shards, "files": counts.files, "bad": counts.named}
-        replace_file(_marker(work, part), json.dumps(mark).encode())
+        replace_file(marker(work, part), json.dumps(mark).encode())
         yield from ()
 
 
@@ -332,7 +301,7 @@ class _Counts:
         counts = self._of(file)
         counts["bad"] += read.bad
         counts["empty"] += read.empty
-        self.named.extend(read.named[: _NAMED_PROBLEMS - len(self.named)])
+        self.named.extend(read.named[: NAMED_PROBLEMS - len(self.named)])
 
 
 def _batches(documents: Iterator[PipelineDocument], counts: _Counts) -> Iterator[list[PipelineDocument]]:
@@ -378,7 +347,7 @@ def _work_on(
     work: Path, plan: Plan, finished: list[int], cores: int, console: Console | None, report: Report | None
 ) -> None:
     """Run the unfinished parts and show how far they are."""
-    progress = _start_progress(work, plan, set(finished))
+    progress = start_progress(work, plan, set(finished))
     total = sum(part.weight for part in plan.parts)
     shutil.rmtree(work / "logs", ignore_errors=True)
     executor = _Executor(work, plan, finished, cores)
@@ -415,17 +384,6 @@ def _without_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _open_progress(work: Path) -> npt.NDArray[np.int64]:
-    """How far each part is, shared by all processes through a mapped file."""
-    return np.memmap(work / "progress", dtype=np.int64, mode="r+")
-
-
-def _start_progress(work: Path, plan: Plan, finished: set[int]) -> npt.NDArray[np.int64]:
-    done = [part.weight if number in finished else 0 for number, part in enumerate(plan.parts)]
-    np.array(done, dtype=np.int64).tofile(work / "progress")
-    return _open_progress(work)
-
-
 @contextmanager
 def _shown(
     progress: npt.NDArray[np.int64], total: int, console: Console | None, report: Report | None
@@ -454,87 +412,6 @@ def _shown(
         finally:
             stop.set()
             thread.join()
-
-
-# --- the artifact ---------------------------------------------------------------------------------------------------
-
-
-def _finish(config: RunConfig, work: Path, plan: Plan, vocabulary: SpecialIds, seen: dict[str, str]) -> Manifest:
-    """Check the splits and write the manifest, and a line for each input file in `files.jsonl`."""
-    marks = [json.loads(_marker(work, part).read_text(encoding="utf-8")) for part in plan.parts]
-    shards: dict[str, list[dict[str, Any]]] = {part.split: [] for part in plan.parts}
-    if plan.held_out is not None:
-        shards.setdefault(VALIDATION, [])
-    for mark in marks:
-        for shard in mark["shards"]:
-            shards[shard["name"].partition("/")[0]].append(shard)
-    files = _files(plan, marks)
-    named = list(chain.from_iterable(mark["bad"] for mark in marks))[:_NAMED_PROBLEMS]
-    _refuse_empty(config, shards, named)
-    data = work / "data"
-    digests = {
-        shard["name"] + suffix: shard[key]
-        for shard in chain.from_iterable(shards.values())
-        for suffix, key in ((TOKENS_SUFFIX, "digest"), (INDEX_SUFFIX, "index_digest"))
-    }
-    lines = "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in files)
-    replace_file(data / "files.jsonl", lines.encode())
-    (data / "manifest.json").unlink(missing_ok=True)
-    return write_manifest(
-        data,
-        kind="data",
-        config=_config_of(config, plan.max_bytes),
-        inputs={**plan.inputs(), "tokenizer": plan.tokenizer_digest},
-        files=digests,
-        facts={
-            "tokenizer": vocabulary.facts(),
-            "splits": {split: _split_facts(some) for split, some in shards.items()},
-            "parts": len(plan.parts),
-            "bad": {"count": sum(file["bad"] for file in files), "named": named},
-            "empty": sum(file["empty"] for file in files),
-            "inputs_seen": seen,
-        },
-    )
-
-
-def _split_facts(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
-    return {**totals, "shards": shards}
-
-
-def _files(plan: Plan, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What became of each input file, over all its parts."""
-    files: dict[str, dict[str, Any]] = {
-        file.name: {"name": file.name, "sha256": digest, "bad": 0, "empty": 0, "splits": {}}
-        for file, digest in zip(plan.files, plan.digests, strict=True)
-    }
-    for mark in marks:
-        for name, counts in mark["files"].items():
-            files[name]["bad"] += counts["bad"]
-            files[name]["empty"] += counts["empty"]
-            for split, part in counts["splits"].items():
-                total = files[name]["splits"].setdefault(split, dict.fromkeys(part, 0))
-                for key, value in part.items():
-                    total[key] += value
-    return list(files.values())
-
-
-def _refuse_empty(config: RunConfig, shards: dict[str, list[dict[str, Any]]], named: list[str]) -> None:
-    """Raise ValueError when a split has no tokens."""
-    tokens = {split: sum(shard["tokens"] for shard in some) for split, some in shards.items()}
-    if not any(tokens.values()):
-        first = f"; the first problem: {named[0]}" if named else ""
-        raise ValueError(f"data.train: {list(config.data.train)} gave no tokens at all{first}")
-    for split, count in tokens.items():
-        if not count and split == TRAIN:
-            raise ValueError("data.validation: nothing is left to train on; hold out less, or give validation files")
-        if not count:
-            documents = sum(shard["documents"] for some in shards.values() for shard in some)
-            raise ValueError(
-                f"data.validation: split `{split}` is empty (of {documents} documents none is held out); hold out a "
-                "larger fraction, use {tail: 0.1}, name validation files, or cut the text into more documents "
-                "with data.document"
-            )
 
 
 def _summarise(config: RunConfig, made: Manifest, console: Console | None) -> None:

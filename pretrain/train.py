@@ -114,6 +114,11 @@ def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
     return evaluator
 
 
+def target_share(config: RunConfig) -> float:
+    """Share of the token positions that the head sees."""
+    return config.objective.rate if config.objective.kind == "mlm" else 1.0
+
+
 def build_trainer(
     config: RunConfig,
     model: LoomPreTrainedModel | None = None,
@@ -141,7 +146,7 @@ def build_trainer(
         optimizer=optimizer,
         store=PublishedStore(config.directory / "tokenizer"),
         evaluators=evaluators if evaluators is not None else build_evaluators(config),
-        flops_per_token=flops_per_token(model.config, config.data.sequence_length),
+        flops_per_token=flops_per_token(model.config, config.data.sequence_length, target_share(config)),
         console=console,
         accelerator=accelerator,
     )

@@ -112,13 +112,13 @@ def test_workers_and_restarts_do_not_change_a_byte(corpus, small_parts, monkeypa
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"\x00\x00")
 
     seen = {}
-    finish = prepare._finish
+    finish = prepare.finish
 
-    def look(config, work, *rest):
+    def look(work, *rest, **keys):
         seen.update({path.name: path.stat().st_mtime_ns for path in (work / "parts").iterdir()})
-        return finish(config, work, *rest)
+        return finish(work, *rest, **keys)
 
-    monkeypatch.setattr(prepare, "_finish", look)
+    monkeypatch.setattr(prepare, "finish", look)
     _, again = prepared(corpus, "stopped", workers=2, **sources)
     assert files_of(again) == files_of(one)
     kept = [name for name, time in finished.items() if seen[name] == time]

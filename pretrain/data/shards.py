@@ -9,6 +9,7 @@ datatrove's and nanotron's tokenized files; the width is written in our manifest
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pretrain.files import ArtifactError, HashingWriter, sync_directory
 
 TOKENS_SUFFIX = ".ds"
 INDEX_SUFFIX = ".ds.index"
-_TEMPORARY_SUFFIX = ".unfinished"
+UNFINISHED_SUFFIX = ".unfinished"
 
 IntArray = npt.NDArray[np.int64]
 
@@ -52,7 +53,9 @@ class ShardWriter:
         self._name, self._vocab_size, self._dtype = name, vocab_size, token_dtype(vocab_size)
         self._paths = [stem.with_name(stem.name + suffix) for suffix in (TOKENS_SUFFIX, INDEX_SUFFIX)]
         stem.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = [path.with_name(path.name + _TEMPORARY_SUFFIX) for path in self._paths]
+        # A name of its own: a worker that outlived its killed parent may be writing the same shard.
+        mark = f".{uuid.uuid4().hex[:8]}{UNFINISHED_SUFFIX}"
+        unfinished = [path.with_name(path.name + mark) for path in self._paths]
         self._tokens, self._index = HashingWriter(unfinished[0]), HashingWriter(unfinished[1])
 
     def add(self, ids: npt.NDArray[Any], lengths: npt.NDArray[Any], text_bytes: int) -> None:

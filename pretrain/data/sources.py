@@ -156,11 +156,11 @@ def stdlib_corpus() -> list[tuple[str, Path]]:
         ValueError: when fewer than 5 MB are there, as on an interpreter without its library's sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not _NOT_IN_STDLIB_CORPUS.intersection(relative.parts) and path.is_file():
-            found.append((relative.as_posix(), path))
+    found: list[tuple[str, Path]] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_IN_STDLIB_CORPUS]
+        paths = (Path(folder, name) for name in names if name.endswith(".py"))
+        found.extend((path.relative_to(root).as_posix(), path) for path in paths)
     found.sort()
     size = sum(path.stat().st_size for _, path in found)
     if size < _STDLIB_MINIMUM:
