@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +35,16 @@ def _console() -> Console:
     return Console(stderr=True, soft_wrap=True)
 
 
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Ctrl-C outside the training loop, which saves first, ends a command with a word on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _console().print("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
+
+
 def _config(name: str, overrides: list[str] | None) -> RunConfig:
     return load_config(name, overrides or [])
 
@@ -48,10 +60,11 @@ def run(
     from pretrain import run as verb
 
     resolved = _config(config, overrides)
-    if dry_run:
-        verb.dry_run(resolved, console=_console())
-        return
-    raise typer.Exit(verb.run(resolved, fresh=fresh, console=_console()))
+    with _going_on():
+        if dry_run:
+            verb.dry_run(resolved, console=_console())
+        elif code := verb.run(resolved, fresh=fresh, console=_console()):
+            raise typer.Exit(code)
 
 
 @app.command()
@@ -59,7 +72,8 @@ def tokenizer(config: ConfigName, overrides: Overrides = None) -> None:
     """Train a tokenizer on the text: a directory that AutoTokenizer loads."""
     from pretrain.tokenizer import train_tokenizer
 
-    _console().print(f"tokenizer: {train_tokenizer(_config(config, overrides), console=_console())}")
+    with _going_on():
+        _console().print(f"tokenizer: {train_tokenizer(_config(config, overrides), console=_console())}")
 
 
 @app.command()
@@ -67,7 +81,8 @@ def prepare(config: ConfigName, overrides: Overrides = None) -> None:
     """Turn text into token shards."""
     from pretrain.prepare import prepare_data
 
-    _console().print(f"data: {prepare_data(_config(config, overrides), console=_console())}")
+    with _going_on():
+        _console().print(f"data: {prepare_data(_config(config, overrides), console=_console())}")
 
 
 @app.command()
@@ -81,7 +96,8 @@ def train(
     """Pretrain on the prepared shards. Goes on where an earlier call stopped."""
     from pretrain import train as verb
 
-    raise typer.Exit(verb.train(_config(config, overrides), resume=resume, console=_console()))
+    with _going_on():
+        raise typer.Exit(verb.train(_config(config, overrides), resume=resume, console=_console()))
 
 
 Tokenizer = Annotated[str | None, typer.Option(help="another tokenizer: a directory or a Hub name")]
@@ -93,7 +109,7 @@ TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code t
 def evaluate(
     model: ModelName,
     data: Annotated[list[str], typer.Argument(metavar="TEXT...", help="files, globs, directories, python-stdlib")],
-    kind: Annotated[str, typer.Option(help="auto, causal or masked")] = "auto",
+    kind: Annotated[str, typer.Option(help="auto, causal or mlm")] = "auto",
     text_field: Annotated[str, typer.Option(help="the field of jsonl, csv and parquet with the text")] = "text",
     document: Annotated[str, typer.Option(help="auto, row, file, line or paragraph")] = "auto",
     context: Annotated[int | None, typer.Option(help="tokens; default: the model's, at most 1024")] = None,
@@ -239,13 +255,10 @@ def main() -> None:
     """
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("PRETRAIN_DEBUG"):
             raise
         console = _console()
         console.print("error:", style="bold red", end=" ")
         console.print(str(error), markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        _console().print("interrupted; run the same command again to go on")
-        sys.exit(130)

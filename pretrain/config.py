@@ -19,7 +19,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -31,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from pretrain.config_text import ConfigError, describe_errors, parse_yaml
+from pretrain.config_text import ConfigError, describe_errors, dump_yaml, parse_yaml
 
 ENCODERS = ("bert", "modernbert")
 DECODERS = ("gpt2", "llama")
@@ -54,14 +53,23 @@ def _check_import_path(value: str) -> str:
     return value
 
 
+def _check_interval(value: str | int) -> str | int:
+    if value == 0 or (isinstance(value, str) and float(value.rstrip("%")) == 0):
+        raise ValueError("give at least 1 step; a number above the run's steps means only at its end")
+    return value
+
+
 Amount = Annotated[
     str | int,
     AfterValidator(_check_amount),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}),
 ]
+Interval = Annotated[Amount, AfterValidator(_check_interval)]
 ImportPath = Annotated[str, AfterValidator(_check_import_path)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 def amount_in_steps(amount: str | int, total_steps: int) -> int:
@@ -125,8 +133,8 @@ class DocumentStart(Section):
 class ValidationSplit(Section):
     """Validation documents taken out of the training sources; exactly one of the two."""
 
-    fraction: Share | None = Field(None, description="share of documents, by a keyed hash of the text")
-    tail: Share | None = Field(None, description="the last share of each file")
+    fraction: OpenShare | None = Field(None, description="share of documents, by a keyed hash of the text")
+    tail: OpenShare | None = Field(None, description="the last share of each file")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -169,7 +177,7 @@ class ModelConfig(Section):
     max_position_embeddings: Positive | None = Field(None, description="default: data.sequence_length, if larger")
     rope_theta: float | None = None
     local_rope_theta: float | None = None
-    sliding_window: Positive | None = None
+    local_window: Positive | None = None
     global_attention_every: Positive | None = None
     hidden_dropout: Share | None = None
     attention_dropout: Share | None = None
@@ -219,7 +227,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "stable-adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0.0)] = Field(description="peak learning rate (muon: of the matrices)")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     adam_lr: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="muon: peak learning rate of embeddings, head, norms and biases; default 3e-3"
@@ -240,6 +248,14 @@ class ScheduleConfig(Section):
     warmup: Amount = "2%"
     decay: Amount = Field("20%", description="wsd: the last part of the run, falling as 1 - sqrt")
     final: Share = Field(0.0, description="the learning rate at the end, as a share of the peak")
+
+    @model_validator(mode="after")
+    def _fits_the_run(self) -> Self:
+        shares = [self.warmup, self.decay] if self.kind == "wsd" else [self.warmup]
+        total = sum(float(share.rstrip("%")) for share in shares if isinstance(share, str))
+        if total > 100:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are more than the whole run; lower one")
+        return self
 
     @model_validator(mode="after")
     def _decay_is_for_wsd(self) -> Self:
@@ -280,14 +296,14 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When the run is saved, and what is kept. `latest` and `best` are always spared."""
 
-    every: Amount = "10%"
+    every: Interval = "10%"
     keep: Positive = 2
 
 
 class EvaluateConfig(Section):
     """Validation during training, at step 0 and every so often."""
 
-    every: Amount = "10%"
+    every: Interval = "10%"
     max_tokens: Positive | None = Field(None, description="at most this many token positions of each set")
     evaluators: tuple[ImportPath, ...] = Field((), description="further evaluators, my_module:my_function")
 
@@ -344,6 +360,11 @@ class RunConfig(Section):
                 f"train.batch_tokens: {self.train.batch_tokens} is not a whole number of rows of "
                 f"data.sequence_length: {length}; the nearest that fit are {lower} and {lower + length}"
             )
+        steps, warmup = self.train.steps, self.schedule.warmup
+        if steps is not None and isinstance(warmup, int) and warmup > steps:
+            raise ValueError(f"schedule.warmup: {warmup} steps are more than train.steps: {steps}; lower the one")
+        if isinstance(self.data.validation, tuple) and not self.data.validation:
+            raise ValueError("data.validation: the list is empty; name files, or use {fraction: 0.01}")
         if self.export.to not in ("auto", architecture) and architecture is not None:
             raise ValueError(f"export.to: {self.export.to} does not hold a `{architecture}` model; use auto")
         return self
@@ -455,7 +476,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML: every key, defaults included; `load_config` reads it back unchanged."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+    return dump_yaml(config_to_dict(config))
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

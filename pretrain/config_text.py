@@ -59,6 +59,17 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.va
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that our reader would take for a number or a truth value."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads back unchanged."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
 def parse_yaml(text: str, origin: str = "configuration") -> Any:
     """Parse YAML 1.2 text.
 
@@ -139,6 +150,8 @@ def _expectation(problem: Any) -> str:
         options = re.findall(r"'([^']*)'", str(context["expected"]))
         near = difflib.get_close_matches(str(value), options, n=1)
         return f"expected one of {', '.join(options)}" + (f"; did you mean `{near[0]}`?" if near else "")
+    if kind == "too_short":
+        return f"expected at least {context['min_length']} item"
     if kind == "string_pattern_mismatch":
         return f"expected text that matches {context['pattern']}"
     return str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")

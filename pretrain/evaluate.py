@@ -21,18 +21,17 @@ from rich.table import Table
 
 from pretrain.config import DocumentStart, RunConfig
 from pretrain.data.documents import SourceFile, read_documents, resolve_sources
-from pretrain.data.loader import DataPlane
+from pretrain.data.loader import Batch, DataPlane, ValidationPass
 from pretrain.evaluation.likelihood import evaluate_batches, perplexity, score_causal, score_masked
 from pretrain.evaluation.loading import LoadedModel, describe_model, describe_tokenizer, load_model
 from pretrain.evaluation.passes import DEFAULT_BATCH_TOKENS, Passes
 from pretrain.evaluation.passes import Progress as ProgressCallback
 from pretrain.files import replace_file
-from pretrain.model_dir import read_loom
+from pretrain.model_dir import DTYPES, read_loom
 from pretrain.models import pick_backend
 from pretrain.runtime import describe_machine, resolve_precision
 
 _DEFAULT_CONTEXT = 1_024
-AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def evaluate_model(
@@ -92,7 +91,7 @@ def evaluate_model(
     arithmetic = resolve_precision(precision, loaded.device)
     texts = _texts(sources, document, text_field)
     with _progress_bar(console, progress) as callback:
-        passes = Passes(loaded.device, AUTOCAST[arithmetic], batch_tokens, callback)
+        passes = Passes(loaded.device, None if arithmetic == "fp32" else DTYPES[arithmetic], batch_tokens, callback)
         ours: dict[str, Any] = {"window": window, "max_bytes": max_bytes}
         if loaded.kind == "causal":
             scores = score_causal(loaded.model, loaded.tokenizer, texts, passes, stride=stride, **ours)
@@ -115,11 +114,19 @@ def evaluate_model(
     return scores
 
 
-def evaluate_run(config: RunConfig, directory: Path, *, console: Console | None = None) -> dict[str, Any]:
+def evaluate_run(
+    config: RunConfig, directory: Path, *, console: Console | None = None, progress: ProgressCallback | None = None
+) -> dict[str, Any]:
     """Score a run's model in fp32 on every validation set that the run prepared, in the rows of its training.
 
     Each token of the set is a target once, its documents' EOS too; masked models are scored at 15% masks that are the
     same in every run.
+
+    Args:
+        config: the run configuration.
+        directory: the model.
+        console: shows a progress bar and the scores.
+        progress: told after each batch which set is scored, the rows done, and the rows in all.
 
     Returns:
         For each set its `loss`, `num_targets`, `context`, `precision`, and `bits_per_byte` with `perplexity` or
@@ -134,8 +141,10 @@ def evaluate_run(config: RunConfig, directory: Path, *, console: Console | None 
     model.to(device)
     scores: dict[str, Any] = {}
     for split in DataPlane.validation_splits(config):
-        batches = DataPlane.validation(config, split).batches()
-        found: dict[str, Any] = dict(evaluate_batches(model, batches, device=device))
+        rows = DataPlane.validation(config, split).batches()
+        with _progress_bar(console, progress, unit="rows") as told:
+            batches = _told(rows, split, told)
+            found: dict[str, Any] = dict(evaluate_batches(model, batches, device=device, num_bytes=rows.num_bytes))
         if "accuracy" not in found:
             found["perplexity"] = perplexity(found["loss"])
         scores[split] = found | {"context": config.data.sequence_length, "precision": "fp32"}
@@ -145,14 +154,26 @@ def evaluate_run(config: RunConfig, directory: Path, *, console: Console | None 
     return scores
 
 
+def _told(rows: ValidationPass, split: str, told: ProgressCallback) -> Iterator[Batch]:
+    """The batches of a pass; `told` hears of each when it is done with."""
+    done = 0
+    told(split, done, rows.num_rows)
+    for batch in rows:
+        yield batch
+        done += len(batch.row_ids)
+        told(split, done, rows.num_rows)
+
+
 @contextmanager
-def _progress_bar(console: Console | None, also: ProgressCallback | None) -> Iterator[ProgressCallback]:
+def _progress_bar(
+    console: Console | None, also: ProgressCallback | None, *, unit: str = "targets"
+) -> Iterator[ProgressCallback]:
     """A bar a stage on `console`, if it is a terminal, and whoever else wants to know."""
     bar = Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("targets, ETA"),
+        TextColumn(f"{unit}, ETA"),
         TimeRemainingColumn(),
         console=console,
         disable=console is None or not console.is_terminal,

@@ -8,6 +8,7 @@ file and directory is flushed to the disk, and one rename publishes it. A reader
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -130,6 +131,22 @@ def commit_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def lock_directory(path: Path) -> Iterator[None]:
+    """Own a directory while the block runs; the lock goes with the process, however it ends.
+
+    Raises:
+        ArtifactError: when another process owns it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"another process works in `{path}`; wait for it, or give another name=") from None
+        yield
 
 
 def remove_leftovers(parent: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from pretrain.evaluation.loading import LoadedModel, load_model
+from pretrain.model_dir import DTYPES
 from pretrain.runtime import resolve_precision
 
 _DEFAULT_NEW_TOKENS = 100
@@ -67,9 +68,10 @@ def generate_text(
     options = _generation_config(model, _room(model, len(ids), max_new_tokens), temperature, top_k, top_p)
     streamer = _Pieces(model.tokenizer, on_text) if on_text is not None else None
     inputs = torch.tensor([ids], device=model.device)  # (1, prompt tokens)
-    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(precision, model.device))
+    dtype = DTYPES[resolve_precision(precision, model.device)]
+    mixed = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.autocast(model.device.type, reduced, enabled=reduced is not None):
+    with torch.random.fork_rng(devices), mixed:
         torch.manual_seed(seed)
         output = model.model.generate(
             inputs, attention_mask=torch.ones_like(inputs), generation_config=options, streamer=streamer

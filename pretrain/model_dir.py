@@ -1,17 +1,20 @@
 """Hugging Face model directories: the one place that writes, reads and compares them.
 
 What lives here: a model in its published form (the stock architecture's names and config), its tokenizer beside it,
-digests of the memory that was written. What must not: training state, or any choice of hyper-parameters.
+digests of the memory that was written, released models read as Loom models. What must not: training state, or any
+choice of hyper-parameters.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -23,12 +26,16 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pretrain.evaluation.loading import check_source, loading
 from pretrain.files import ArtifactError, write_bytes, write_json, write_safetensors
-from pretrain.interop import config_json, from_stock, to_stock
-from pretrain.models import LoomConfig, LoomPreTrainedModel, model_from_config
+from pretrain.interop import HOMES, config_json, from_stock, from_stock_config, to_stock
+from pretrain.models import LoomConfig, LoomPreTrainedModel, model_class, model_from_config
 from pretrain.training.state import tensor_bytes
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by the names that users give them, of stored weights and of arithmetic."""
+
+_OWN_CODE = "it carries code of its own, which is not run here; give a model of a stock architecture"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -131,57 +138,141 @@ def read_state(directory: Path) -> dict[str, Tensor]:
     Raises:
         ArtifactError: when there are none.
     """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ArtifactError(
-            f"`{directory}` holds no .safetensors file; pickled weights are not read, convert them first"
-        )
     state: dict[str, Tensor] = {}
-    for file in files:
+    for file in _weight_files(directory):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 state[name] = opened.get_tensor(name)
     return state
 
 
-def read_config(directory: Path) -> PreTrainedConfig:
-    """The configuration of a model directory.
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ArtifactError(
+            f"`{directory}` holds no .safetensors file; pickled weights are not read, convert them first"
+        )
+    return files
+
+
+def read_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a model directory or Hub name, stock or Loom; code that it carries is not run.
 
     Raises:
         ArtifactError: when it is no model directory.
+        ValueError: when the Hub does not give it, or transformers does not know the architecture; names the remedy.
     """
-    if not (directory / "config.json").is_file():
-        raise ArtifactError(f"`{directory}` is no model directory: config.json is missing")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(directory)
+    check_source(source)
+    with loading(str(source), "model", own_code=_OWN_CODE):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return config
 
 
-def read_loom(directory: Path) -> LoomPreTrainedModel:
-    """Read a stock model directory (BERT, ModernBERT, GPT-2, Llama) as the Loom class that holds it: fp32, eval mode.
+def read_loom(source: str | Path, *, note: Callable[[str], None] | None = None) -> LoomPreTrainedModel:
+    """Read a model with its language-model head as the Loom class that holds it: fp32, eval mode.
+
+    Takes BERT, ModernBERT, GPT-2 and Llama in every layout that transformers' own class reads (names without the
+    prefix of the stack, LayerNorm.gamma, half precision, tied or not), and Loom's own directories. Tensors that take
+    no part in language modelling are left out: BERT's pooler and next-sentence head, GPT-2's mask buffers.
+
+    Args:
+        source: a directory, or a Hub name (a directory of that name comes first). Weights come from safetensors alone.
+        note: called with a line that names the tensors that were left out, when there are any.
 
     Raises:
-        ArtifactError: when it is no model directory.
-        ValueError: when the architecture, or a value in its config, is not one that we hold; names it.
+        ArtifactError: when it is no model directory, or its weights do not fit its config; names them.
+        ValueError: when the Hub does not give it, when it has no language-model head, or when its architecture, or a
+            value in its config, is not one that we hold; names it.
     """
-    config, state = from_stock(read_config(directory), read_state(directory))
-    model = model_from_config(config)
+    config = read_config(source)
+    if isinstance(config, LoomConfig):
+        loom: LoomPreTrainedModel = _pretrained(model_class(config), source, config, spare=())
+        if config.tie_word_embeddings and loom.lm_head.weight is not loom.model.embed_tokens.weight:
+            raise ArtifactError(
+                f"`{source}`: lm_head.weight differs from model.embed_tokens.weight, to which it is tied"
+            )
+        return loom
+    from_stock_config(config)  # what cannot be held is refused before its weights are fetched
+    home = HOMES[config.model_type]
+    stock = _pretrained(getattr(transformers, home.classes["pretraining"]), source, config, home.spare, note)
+    converted, state = from_stock(stock.config, stock.state_dict())
+    model = model_from_config(converted)
     load_state(model, state)
-    nn.Module.float(model)
     nn.Module.eval(model)
     return model
 
 
-def read_stock(directory: Path) -> PreTrainedModel:
-    """Read a model directory with transformers' own class and a language-model head: fp32, eval mode.
+def read_stock(source: str | Path) -> PreTrainedModel:
+    """Read a model with transformers' registered class and its language-model head: fp32, eval mode.
+
+    Args:
+        source: a directory, stock or Loom, or a Hub name.
 
     Raises:
-        ArtifactError: when it is no model directory.
+        ArtifactError: when it is no model directory, or weights are missing.
+        ValueError: when the Hub does not give it, or it has no language-model head; names the remedy.
     """
-    config = read_config(directory)
+    config = read_config(source)
+    home = config if isinstance(config, LoomConfig) else HOMES.get(config.model_type)
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+    causal = causal or (home is not None and home.kind == "decoder")
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    model: PreTrainedModel = auto.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
+    model: PreTrainedModel = _pretrained(auto, source, config, spare=("",))
     return model
+
+
+def _pretrained(
+    found: Any,
+    source: str | Path,
+    config: PreTrainedConfig,
+    spare: Iterable[str],
+    note: Callable[[str], None] | None = None,
+) -> Any:
+    """The model of a class in fp32, every weight read; tensors that match a pattern of `spare` may be left over."""
+    if Path(source).is_dir():
+        _weight_files(Path(source))
+    with loading(str(source), "model", own_code=_OWN_CODE):
+        model, report = found.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    _refuse_gaps(model, source, report)
+    left_over = sorted(report["unexpected_keys"])
+    if refused := [name for name in left_over if not any(re.search(pattern, name) for pattern in spare)]:
+        raise ArtifactError(
+            f"`{source}` has {len(refused)} tensors that {type(model).__name__} does not hold, such as `{refused[0]}`; "
+            f"give a model that was saved by that class"
+        )
+    if left_over and note is not None:
+        names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in left_over))
+        note(f"`{source}`: left out {', '.join(names)}; no part of language modelling")
+    return model
+
+
+def _refuse_gaps(model: PreTrainedModel, source: str | Path, report: Mapping[str, Any]) -> None:
+    class_name = type(model).__name__
+    missing = sorted(report["missing_keys"])
+    stack = f"{model.base_model_prefix}."
+    if head := [name for name in missing if not name.startswith(stack)]:
+        raise ArtifactError(
+            f"`{source}` ({', '.join(model.config.architectures or ['no class named'])}) has no language-model head: "
+            f"`{head[0]}` is missing; give a model that was saved with one, as {class_name} saves it"
+        )
+    if missing:
+        raise ArtifactError(
+            f"`{source}` lacks {len(missing)} tensors of {class_name}, such as `{missing[0]}`; it is incomplete: copy "
+            "it again"
+        )
+    if report["mismatched_keys"]:
+        name, stored, expected = min(report["mismatched_keys"])
+        raise ArtifactError(
+            f"`{source}`: `{name}` has shape {tuple(stored)}, its config.json asks for {tuple(expected)}; one of the "
+            "two is of another model"
+        )
 
 
 def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:

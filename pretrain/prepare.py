@@ -32,14 +32,23 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger as datatrove_logger
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tokenizers import Tokenizer
 
 from pretrain.config import RunConfig
-from pretrain.data.documents import ReadReport, SourceFile, read_documents
+from pretrain.data.documents import ReadReport, read_documents
 from pretrain.data.loader import LoadedSplit, layout_of
-from pretrain.data.parts import Part, Plan, input_files, make_plan
+from pretrain.data.parts import Part, Piece, Plan, input_files, make_plan
 from pretrain.data.shards import ShardWriter
+from pretrain.data.sources import SourceFile, first_files
 from pretrain.data.unfinished import (
     NAMED_PROBLEMS,
     finish,
@@ -75,7 +84,8 @@ def prepare_data(
 
     Args:
         config: the run configuration; `data` and the run's tokenizer decide the result.
-        max_bytes: for trials: read about this much text of each split.
+        max_bytes: for trials: read about the first `max_bytes` of each split's text and no more of it, and hold out
+            the end of every document.
         console: where progress and a summary are shown; None is silent.
         report: called with (done, total) besides.
 
@@ -84,7 +94,7 @@ def prepare_data(
         ValueError: when the text cannot be read as configured, or a split would be empty; names the key.
     """
     directory, work = config.directory / "data", config.directory / "data.unfinished"
-    if is_prepared(config, max_bytes=max_bytes):
+    if is_prepared(config, max_bytes=max_bytes, console=console):
         return directory
     if directory.exists():
         raise ArtifactError(
@@ -96,14 +106,16 @@ def prepare_data(
     vocabulary = read_vocabulary(tokenizer)
     files = input_files(config.data)
     seen = _seen(files)
-    plan = make_plan(
-        config.data,
-        files,
-        tokenizer=str(tokenizer),
-        tokenizer_digest=manifest.digest,
-        vocab_size=vocabulary.vocab_size,
-        max_bytes=max_bytes,
-    )
+    with _hashing(files, max_bytes, console) as told:
+        plan = make_plan(
+            config.data,
+            files,
+            tokenizer=str(tokenizer),
+            tokenizer_digest=manifest.digest,
+            vocab_size=vocabulary.vocab_size,
+            max_bytes=max_bytes,
+            told=told,
+        )
     start_or_go_on(work, plan)
     finished = [number for number, part in enumerate(plan.parts) if is_finished(work, part)]
     if len(finished) < len(plan.parts):
@@ -116,10 +128,10 @@ def prepare_data(
     return directory
 
 
-def is_prepared(config: RunConfig, *, max_bytes: int | None = None) -> bool:
+def is_prepared(config: RunConfig, *, max_bytes: int | None = None, console: Console | None = None) -> bool:
     """Whether the run's data is there and was made from this configuration, this text and this tokenizer.
 
-    Files whose size and time are as they were are taken as unchanged; others are read again.
+    Files whose size and time are as they were are taken as unchanged; others are read again, and `console` shows it.
     """
     try:
         made = read_manifest(config.directory / "data", "data")
@@ -131,7 +143,16 @@ def is_prepared(config: RunConfig, *, max_bytes: int | None = None) -> bool:
     files = input_files(config.data)
     if made.facts["inputs_seen"] == _seen(files):
         return True
-    plan = make_plan(config.data, files, tokenizer="", tokenizer_digest=tokenizer, vocab_size=0, max_bytes=max_bytes)
+    with _hashing(files, max_bytes, console) as told:
+        plan = make_plan(
+            config.data,
+            files,
+            tokenizer="",
+            tokenizer_digest=tokenizer,
+            vocab_size=0,
+            max_bytes=max_bytes,
+            told=told,
+        )
     return made.inputs == {**plan.inputs(), "tokenizer": tokenizer}
 
 
@@ -201,6 +222,8 @@ class ReadPart(_PartStep):
         progress = open_progress(Path(self.work))
         done = size = 0
         for piece in part.pieces:
+            if plan.max_bytes is not None and size >= plan.max_bytes:
+                break
             file = plan.files[piece.file]
             read = ReadReport()
             split_of = plan.split_of(part, piece)
@@ -210,22 +233,24 @@ class ReadPart(_PartStep):
                 text_field=plan.text_field,
                 byte_range=piece.byte_range,
                 report=read,
+                max_bytes=None if plan.max_bytes is None else plan.max_bytes - size,
             )
             for whole in documents:
                 for split, document in split_of(whole):
                     metadata = {"split": split, "file": piece.file}
                     yield PipelineDocument(document.text, f"{file.name}:{document.position}", metadata=metadata)
                 progress[rank] = done + read.consumed
-                size += len(whole.text)
-                if plan.max_bytes is not None and size >= plan.max_bytes:
-                    break
-            done += _weight(file, piece.byte_range)
+                size += len(whole.text.encode()) if plan.max_bytes is not None else 0
+            done += _weight(plan, piece)
             progress[rank] = done
             yield PipelineDocument("", "", metadata={"read": read, "file": piece.file})
 
 
-def _weight(file: SourceFile, byte_range: tuple[int, int] | None) -> int:
-    return byte_range[1] - byte_range[0] if byte_range is not None else file.bytes
+def _weight(plan: Plan, piece: Piece) -> int:
+    if piece.byte_range is not None:
+        return piece.byte_range[1] - piece.byte_range[0]
+    size = plan.files[piece.file].bytes
+    return size if plan.max_bytes is None else min(size, plan.max_bytes)
 
 
 class WriteShards(_PartStep):
@@ -382,6 +407,20 @@ def _without_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _hashing(
+    splits: Mapping[str, list[SourceFile]], max_bytes: int | None, console: Console | None
+) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes of input that are hashed; gives what to call with the number of them."""
+    groups = [files if max_bytes is None else first_files(files, max_bytes) for files in splits.values()]
+    sizes = [file.bytes if max_bytes is None else min(file.bytes, max_bytes) for file in chain.from_iterable(groups)]
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    quiet = console is None or not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet, transient=True) as bar:
+        task = bar.add_task("hashing the text", total=sum(sizes))
+        yield lambda size: bar.advance(task, size)
 
 
 @contextmanager

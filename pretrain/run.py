@@ -15,11 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config import BUDGETS, RunConfig, config_to_dict, difference, dump_config
-from pretrain.config_text import ConfigError, parse_yaml
+from pretrain.changes import STAGES, ChangedConfigError, refuse_changed
+from pretrain.config import BUDGETS, RunConfig, ScheduleConfig, config_to_dict, dump_config
 from pretrain.evaluate import evaluate_run
 from pretrain.export import export_model
 from pretrain.files import (
+    MANIFEST,
     ArtifactError,
     commit_directory,
     read_manifest,
@@ -30,36 +31,11 @@ from pretrain.files import (
 from pretrain.prepare import is_prepared, prepare_data
 from pretrain.runtime import describe_machine, peak_memory_bytes
 from pretrain.tokenizer import is_trained, train_tokenizer
-from pretrain.train import build_trainer, train
+from pretrain.train import build_trainer, check, inputs_of, train
 from pretrain.training.trainer import steps_of
 
 _FOLDERS = {"evaluate": "report", "export": "export"}
-STAGES = ("tokenizer", "data", "train", "evaluate", "export")
 _DRY_RUN_BYTES = 4_000_000
-
-# The first stage that a key touches, longest prefix first; what follows a stage is touched with it.
-_TOUCHES = {
-    "tokenizer": "tokenizer",
-    "data": "tokenizer",
-    "data.validation": "tokenizer",
-    "data.sequence_length": "train",
-    "data.max_documents_per_row": "train",
-    "data.workers": None,
-    "model": "train",
-    "objective": "train",
-    "optimizer": "train",
-    "schedule": "train",
-    "train": "train",
-    "checkpoint": "train",
-    "evaluate": "train",
-    "log": None,
-    "out": None,
-    "export": "export",
-}
-
-
-class ChangedConfigError(ConfigError):
-    """A run of this name exists with another configuration; the message lists the difference and what it touches."""
 
 
 def run(config: RunConfig, *, fresh: bool = False, console: Console | None = None) -> int:
@@ -77,10 +53,12 @@ def run(config: RunConfig, *, fresh: bool = False, console: Console | None = Non
     directory = config.directory
     if fresh and directory.exists():
         console.print(f"archived the old run as {archive(directory)}", highlight=False)
-    refuse_changed(config)
+    check(config)
+    refuse_changed(config, directory / "config.yaml")
+    refuse_changed(config, directory / "train" / "config.yaml", until="train")
+    _refuse_stale(config)
     directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "config.yaml").is_file():
-        replace_file(directory / "config.yaml", dump_config(config).encode())
+    replace_file(directory / "config.yaml", dump_config(config).encode())
     for stage in STAGES:
         if is_made(config, stage):
             console.print(f"{stage}: made already, unchanged", highlight=False)
@@ -90,41 +68,19 @@ def run(config: RunConfig, *, fresh: bool = False, console: Console | None = Non
     return 0
 
 
-def refuse_changed(config: RunConfig) -> None:
-    """Compare with the configuration that this name was used with.
+def _refuse_stale(config: RunConfig) -> None:
+    """Refuse before anything is replaced when the text, or the tokenizer, is not what an artifact was made from.
 
     Raises:
-        ChangedConfigError: lists every key that differs, the stages it touches, and the remedy.
+        ChangedConfigError: names the artifact and the remedy.
     """
-    saved = config.directory / "config.yaml"
-    if not saved.is_file():
-        return
-    old = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
-    touched = {
-        key: (before, after, stage)
-        for key, (before, after) in difference(old, json.loads(json.dumps(config_to_dict(config)))).items()
-        if (stage := _first_stage(key)) is not None
-    }
-    if not touched:
-        return
-    lines = [
-        f"  {key}: {before!r} -> {after!r} (touches {', '.join(STAGES[STAGES.index(stage) :])})"
-        for key, (before, after, stage) in touched.items()
-    ]
-    raise ChangedConfigError(
-        f"`{config.directory}` was made with another configuration:\n"
-        + "\n".join(lines)
-        + f"\nGive this one another name (name={config.name}-2), or archive the old one with --fresh."
-    )
-
-
-def _first_stage(key: str) -> str | None:
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:length])
-        if prefix in _TOUCHES:
-            return _TOUCHES[prefix]
-    return STAGES[0]
+    for stage in ("tokenizer", "data"):
+        folder = config.directory / stage
+        if (folder / MANIFEST).is_file() and not is_made(config, stage):
+            raise ChangedConfigError(
+                f"`{folder}` does not fit any more: the text, or a file of the {stage}, has changed since it was made. "
+                f"Put it back, give this run another name (name={config.name}-2), or archive the old one with --fresh."
+            )
 
 
 def archive(directory: Path) -> Path:
@@ -151,7 +107,7 @@ def is_made(config: RunConfig, stage: str) -> bool:
         return is_prepared(config)
     checkpoint = _final_checkpoint(directory)
     if checkpoint is None or stage == "train":
-        return checkpoint is not None
+        return checkpoint is not None and read_manifest(checkpoint, "checkpoint").inputs == inputs_of(config)
     try:
         made_from = read_manifest(directory / _FOLDERS[stage], stage).inputs["checkpoint"]
     except ArtifactError:
@@ -273,9 +229,10 @@ def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
     What the run has made already is used; otherwise a tokenizer and shards are made from a sample of about 4 MB.
     """
     console = console or Console(stderr=True)
+    check(config)
     with tempfile.TemporaryDirectory(prefix="pretrain-dry-run-") as folder:
         trial = _trial(config, Path(folder))
-        _borrow_or_make(config, trial, console)
+        borrowed = _borrow_or_make(config, trial, console)
         trainer = build_trainer(trial, console=console)
         first = trainer.train()
         again = build_trainer(trial, console=console)
@@ -285,7 +242,8 @@ def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
         proof = export_model(first.checkpoint, Path(folder) / "export", dtype=config.export.dtype)
         seconds = trainer.measure_step()
         device = trainer.device
-        total = steps_of(config, trainer.data.num_rows, seconds)
+        unknown = config.train.epochs is not None and not borrowed
+        total = None if unknown else steps_of(config, trainer.data.num_rows, seconds)
         facts = {
             "machine": describe_machine(device),
             "parameters": f"{proof.parameters:,}",
@@ -293,8 +251,8 @@ def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
             "memory at most": f"{peak_memory_bytes(device) / 2**30:.2f} GiB",
             "checkpoint": f"{_size(first.checkpoint) / 2**20:,.1f} MiB",
             "a step": f"{seconds:.2f} s, {config.train.batch_tokens / seconds:,.0f} tokens/s",
-            "steps": f"{total:,}",
-            "ETA of training": f"{total * seconds / 3600:.2f} h",
+            "steps": "known once the data are prepared" if total is None else f"{total:,}",
+            "ETA of training": "as above" if total is None else f"{total * seconds / 3600:.2f} h",
         }
         table = Table(title=f"{config.name}: dry run", show_header=False)
         for label, value in facts.items():
@@ -306,21 +264,29 @@ def _trial(config: RunConfig, folder: Path) -> RunConfig:
     train = config.train.model_copy(update={**dict.fromkeys(BUDGETS), "steps": 1})
     evaluate = config.evaluate.model_copy(update={"max_tokens": config.train.batch_tokens})
     log = config.log.model_copy(update={"to": ()})
-    update = {"out": str(folder), "train": train, "evaluate": evaluate, "log": log}
+    update = {
+        "out": str(folder),
+        "train": train,
+        "evaluate": evaluate,
+        "log": log,
+        "schedule": ScheduleConfig(kind="constant", warmup=0),
+    }
     if config.tokenizer.from_ is None:
         size = min(config.tokenizer.max_bytes, _DRY_RUN_BYTES)
         update["tokenizer"] = config.tokenizer.model_copy(update={"max_bytes": size})
     return config.model_copy(update=update)
 
 
-def _borrow_or_make(config: RunConfig, trial: RunConfig, console: Console) -> None:
+def _borrow_or_make(config: RunConfig, trial: RunConfig, console: Console) -> bool:
+    """Take what the run has made already, or make it from a sample; returns whether it was taken."""
     trial.directory.mkdir(parents=True)
     if is_trained(config) and is_prepared(config):
         for name in ("tokenizer", "data"):
             (trial.directory / name).symlink_to((config.directory / name).resolve(), target_is_directory=True)
-        return
-    train_tokenizer(trial, console=console)
+        return True
+    train_tokenizer(trial, max_bytes=_DRY_RUN_BYTES, console=console)
     prepare_data(trial, max_bytes=_DRY_RUN_BYTES, console=console)
+    return False
 
 
 def _size(directory: Path) -> int:

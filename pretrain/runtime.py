@@ -7,7 +7,6 @@ data, or the loop.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import platform
 import random
@@ -157,22 +156,3 @@ class StopSignals:
     ) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
-
-
-def import_path(path: str) -> Any:
-    """The object that `my_module:my_function` names; modules in the working directory are found.
-
-    Raises:
-        ValueError: when there is no such module or name.
-    """
-    module_name, _, name = path.partition(":")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"`{path}`: no module {error.name!r}; is it in the working directory, or installed?"
-        ) from error
-    except AttributeError:
-        raise ValueError(f"`{path}`: the module {module_name!r} has no {name!r}") from None

@@ -22,8 +22,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from pretrain.config import DocumentStart, RunConfig, Source, TokenizerConfig, ValidationSplit
 from pretrain.data.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
-from pretrain.data.sources import SourceFile, digest_of_files, hash_files
-from pretrain.data.splits import TRAIN, Split, by_fraction, by_tail, by_tail_of_text
+from pretrain.data.shards import TRAIN
+from pretrain.data.sources import SourceFile, digest_of_files, first_files, hash_files
+from pretrain.data.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text
 from pretrain.data.vocabulary import read_vocabulary
 from pretrain.files import (
     ArtifactError,
@@ -43,13 +44,19 @@ from pretrain.tokenization.report import REPORT_BYTES
 _log = logging.getLogger(__name__)
 KIND = "tokenizer"
 _CONFIG_FILE = "tokenizer_config.json"
+_BORDERS = {"encoder": ("cls_token", "sep_token"), "decoder": ("eos_token",)}  # what prepared rows put around text
 
 
-def train_tokenizer(config: RunConfig, *, console: Console | None = None) -> Path:
+def train_tokenizer(config: RunConfig, *, max_bytes: int | None = None, console: Console | None = None) -> Path:
     """Make `<out>/<name>/tokenizer`, or leave it when it is made and unchanged; return its path.
 
     With `tokenizer.from` an existing tokenizer is taken over as it is. A `model.from` without `tokenizer.from` takes
     the model's own.
+
+    Args:
+        config: the run configuration.
+        max_bytes: for trials: read about the first `max_bytes` of the text and no more of it.
+        console: where progress and the report are shown.
 
     Raises:
         ArtifactError: when one stands there that was made with another configuration.
@@ -58,15 +65,15 @@ def train_tokenizer(config: RunConfig, *, console: Console | None = None) -> Pat
     """
     console = console or Console(stderr=True)
     directory = config.directory / KIND
-    if is_trained(config):
+    if is_trained(config, max_bytes=max_bytes, console=console):
         return directory
-    _refuse_other(config, directory)
+    _refuse_other(config, directory, max_bytes)
     remove_leftovers(config.directory)
     tokenizer = _effective(config)
     if tokenizer.from_ is not None:
         with commit_directory(directory, replace=True) as temporary:
-            take_tokenizer(tokenizer.from_, temporary, objective=config.objective.kind)
-            _manifest(config, temporary, None)
+            take_tokenizer(tokenizer.from_, temporary, objective=config.objective.kind, kind=config.kind)
+            _manifest(config, temporary, None, max_bytes, console)
         return directory
     files = resolve_sources(config.data.train)
     with commit_directory(directory, replace=True) as temporary:
@@ -78,10 +85,11 @@ def train_tokenizer(config: RunConfig, *, console: Console | None = None) -> Pat
             model_max_length=_max_length(config),
             document=config.data.document,
             text_field=config.data.text_field,
-            split_of=lambda file: _split_of(config, file),
+            split_of=lambda file: _split_of(config, file, max_bytes),
+            max_bytes=max_bytes,
             console=console,
         )
-        _manifest(config, temporary, report)
+        _manifest(config, temporary, report, max_bytes, console)
         write_report(temporary, report)
     console.print(report.as_markdown(), highlight=False, markup=False, soft_wrap=True)
     return directory
@@ -97,19 +105,21 @@ def make_tokenizer(
     document: str | DocumentStart = "auto",
     text_field: str = "text",
     split_of: Callable[[SourceFile], Split | None] = lambda file: None,
+    max_bytes: int | None = None,
     console: Console | None = None,
 ) -> TokenizerReport:
     """Read the files, train, write `tokenizer.json` and `tokenizer_config.json` into `directory`, measure.
 
     Args:
         split_of: gives a file's split into training and validation; None reads all of it.
+        max_bytes: for trials: read about the first `max_bytes` of the text (`tokenizer.max_bytes` bounds the sample).
 
     Raises:
         ValueError: when there is no text, or the vocabulary is too small.
     """
     started = time.perf_counter()
     with _progress(console or Console(stderr=True)) as progress:
-        documents = _read(files, document, text_field, split_of, progress)
+        documents = _read(files, document, text_field, split_of, max_bytes, progress)
         budget = tokenizer.max_bytes
         if tokenizer.algorithm == "bytes":  # nothing is learnt: some text, for the report
             budget, documents = REPORT_BYTES, _first_bytes(documents, REPORT_BYTES)
@@ -130,11 +140,18 @@ def write_report(directory: Path, report: TokenizerReport) -> None:
     write_bytes(directory / "report.md", report.as_markdown().encode())
 
 
-def take_tokenizer(source: str, directory: Path, *, objective: str) -> None:
+def take_tokenizer(source: str, directory: Path, *, objective: str, kind: str | None = None) -> None:
     """Write an existing tokenizer (a Hub name or a directory) into `directory`.
 
+    Args:
+        source: a Hub name or a directory.
+        directory: where it is written.
+        objective: `objective.kind` of the run; mlm needs a mask token.
+        kind: encoder (each piece stands between CLS and SEP), decoder (EOS ends a document), or None where the model
+            comes from elsewhere: then mlm tells an encoder, causal a decoder, and for other objectives either will do.
+
     Raises:
-        ValueError: when it cannot be loaded, is not a fast one, or lacks a token that the objective needs.
+        ValueError: when it cannot be loaded, is not a fast one, or lacks a token that the run needs.
     """
     from transformers import AutoTokenizer
 
@@ -144,14 +161,17 @@ def take_tokenizer(source: str, directory: Path, *, objective: str) -> None:
         raise ValueError(f"tokenizer.from: `{source}` cannot be loaded as a tokenizer: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer.from: `{source}` has no tokenizer.json; convert it to a fast tokenizer first")
-    needs = ["mask_token"] if objective == "mlm" else []
-    borders = [("cls_token", "sep_token"), ("bos_token", "eos_token")] if objective == "mlm" else [("eos_token",)]
-    missing = [role for role in needs if getattr(tokenizer, role) is None]
-    if not any(all(getattr(tokenizer, role) is not None for role in pair) for pair in borders):
-        missing.append(" or ".join(" and ".join(pair) for pair in borders))
+    kind = kind or {"mlm": "encoder", "causal": "decoder"}.get(objective)
+    borders = [roles for name, roles in _BORDERS.items() if kind in (name, None)]
+    missing: list[str] = []
+    if objective == "mlm" and tokenizer.mask_token is None:
+        missing.append("no mask_token, which objective.kind: mlm needs")
+    if not any(all(getattr(tokenizer, role) is not None for role in roles) for roles in borders):
+        wanted = " or ".join(" and ".join(roles) for roles in borders)
+        missing.append(f"no {wanted}, which {'an ' + kind if kind == 'encoder' else 'a ' + (kind or 'model')} needs")
     if missing:
         raise ValueError(
-            f"tokenizer.from: `{source}` has no {', no '.join(missing)}, which objective.kind: {objective} needs; "
+            f"tokenizer.from: `{source}` has {', and '.join(missing)}; "
             "add it with tokenizer.add_special_tokens and save_pretrained, and name that directory"
         )
     tokenizer.save_pretrained(directory)
@@ -170,7 +190,7 @@ def take_tokenizer(source: str, directory: Path, *, objective: str) -> None:
 # --- stale or not ---------------------------------------------------------------------------------------------------
 
 
-def is_trained(config: RunConfig) -> bool:
+def is_trained(config: RunConfig, *, max_bytes: int | None = None, console: Console | None = None) -> bool:
     """Whether the tokenizer is there, whole, and made with this configuration from the text that is there now."""
     directory = config.directory / KIND
     try:
@@ -178,21 +198,21 @@ def is_trained(config: RunConfig) -> bool:
         verify_manifest(directory, manifest)
     except ArtifactError:
         return False
-    if manifest.config != _deciding(config):
+    if manifest.config != _deciding(config, max_bytes):
         return False
     state = _sources_state(config)
     # Hashing all text takes a while: it is spared when names, sizes and times are as they were.
-    return manifest.facts.get("sources_state") == state or manifest.inputs == _inputs(config)
+    return manifest.facts.get("sources_state") == state or manifest.inputs == _inputs(config, max_bytes, console)
 
 
-def _refuse_other(config: RunConfig, directory: Path) -> None:
+def _refuse_other(config: RunConfig, directory: Path, max_bytes: int | None) -> None:
     if not directory.exists():
         return
     try:
         made_with = read_manifest(directory, KIND).config
     except ArtifactError as error:
         raise ArtifactError(f"{error}; remove `{directory}`, or choose another name") from error
-    wanted = _deciding(config)
+    wanted = _deciding(config, max_bytes)
     if changed := sorted(key for key in {*made_with, *wanted} if made_with.get(key) != wanted.get(key)):
         details = "; ".join(f"{key}: {made_with.get(key)!r} -> {wanted.get(key)!r}" for key in changed)
         raise ArtifactError(
@@ -200,7 +220,7 @@ def _refuse_other(config: RunConfig, directory: Path) -> None:
         )
 
 
-def _deciding(config: RunConfig) -> dict[str, Any]:
+def _deciding(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
     """The part of the configuration that decides the tokenizer."""
     tokenizer = _effective(config)
     if tokenizer.from_ is not None:
@@ -214,6 +234,7 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
         "model_max_length": _max_length(config),
         "text": {key: data[key] for key in ("train", "document", "text_field")},
         "validation": None if named_files else data["validation"],
+        **({} if max_bytes is None else {"first_bytes": max_bytes}),
     }
 
 
@@ -239,8 +260,8 @@ def _max_length(config: RunConfig) -> int:
     return config.model.max_position_embeddings or config.data.sequence_length
 
 
-def _sources(config: RunConfig) -> list[tuple[str, Path]]:
-    """Names and places of the files that the tokenizer is made from; Hub names have none."""
+def _sources(config: RunConfig, max_bytes: int | None = None) -> list[tuple[str, Path]]:
+    """Names and places of the files that the tokenizer is made from (the first `max_bytes`); Hub names have none."""
     tokenizer = _effective(config)
     if tokenizer.from_ is not None:
         directory = Path(tokenizer.from_)
@@ -248,7 +269,9 @@ def _sources(config: RunConfig) -> list[tuple[str, Path]]:
         return [(path.name, path) for path in paths]
     if tokenizer.algorithm == "bytes":
         return []
-    return [(file.name, Path(file.path)) for file in resolve_sources(config.data.train) if file.format != "hub"]
+    files = resolve_sources(config.data.train)
+    files = files if max_bytes is None else first_files(files, max_bytes)
+    return [(file.name, Path(file.path)) for file in files if file.format != "hub"]
 
 
 def _sources_state(config: RunConfig) -> str:
@@ -256,13 +279,21 @@ def _sources_state(config: RunConfig) -> str:
     return sha256_json([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
-def _inputs(config: RunConfig) -> dict[str, str]:
-    sources = _sources(config)
-    digests = hash_files([str(path) for _, path in sources])
+def _inputs(config: RunConfig, max_bytes: int | None, console: Console | None) -> dict[str, str]:
+    sources = _sources(config, max_bytes)
+    with _progress(console) as progress:
+        sizes = [
+            path.stat().st_size if max_bytes is None else min(path.stat().st_size, max_bytes) for _, path in sources
+        ]
+        task = progress.add_task("hashing the text", total=sum(sizes))
+        paths = [str(path) for _, path in sources]
+        digests = hash_files(paths, max_bytes=max_bytes, told=lambda size: progress.advance(task, size))
     return {"sources": digest_of_files((name, digest) for (name, _), digest in zip(sources, digests, strict=True))}
 
 
-def _manifest(config: RunConfig, directory: Path, report: TokenizerReport | None) -> None:
+def _manifest(
+    config: RunConfig, directory: Path, report: TokenizerReport | None, max_bytes: int | None, console: Console
+) -> None:
     facts: dict[str, Any] = read_vocabulary(directory).facts()
     facts["sources_state"] = _sources_state(config)
     if report is not None:
@@ -271,16 +302,19 @@ def _manifest(config: RunConfig, directory: Path, report: TokenizerReport | None
         facts["corpus"] |= {"sha256_sum": report.corpus_digest, "sample_bytes": report.sample_bytes}
         facts["total"] = asdict(report.total)
     files = {path.name: sha256_file(path) for path in sorted(directory.iterdir())}
-    write_manifest(directory, kind=KIND, config=_deciding(config), inputs=_inputs(config), files=files, facts=facts)
+    deciding, inputs = _deciding(config, max_bytes), _inputs(config, max_bytes, console)
+    write_manifest(directory, kind=KIND, config=deciding, inputs=inputs, files=files, facts=facts)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _split_of(config: RunConfig, file: SourceFile) -> Split | None:
+def _split_of(config: RunConfig, file: SourceFile, max_bytes: int | None) -> Split | None:
     rule = config.data.validation
     if not isinstance(rule, ValidationSplit):
         return None
+    if max_bytes is not None:
+        return by_tail_of_text(TRIAL_TAIL)
     if rule.fraction is not None:
         return by_fraction(rule.fraction)
     assert rule.tail is not None
@@ -294,15 +328,22 @@ def _read(
     document: str | DocumentStart,
     text_field: str,
     split_of: Callable[[SourceFile], Split | None],
+    max_bytes: int | None,
     progress: Progress,
 ) -> Iterator[Document]:
-    """The training documents of all files."""
-    task = progress.add_task("reading", total=sum(file.bytes for file in files) or None)
+    """The training documents of all files, or of the first `max_bytes` of their text."""
+    total = sum(file.bytes for file in files)
+    task = progress.add_task("reading", total=(total if max_bytes is None else min(total, max_bytes)) or None)
     done = 0
     for file in files:
+        if max_bytes is not None and max_bytes <= 0:
+            return
         report = ReadReport()
         split = split_of(file)
-        for read in read_documents(file, document=document, text_field=text_field, report=report):
+        documents = read_documents(file, document=document, text_field=text_field, report=report, max_bytes=max_bytes)
+        for read in documents:
+            if max_bytes is not None:
+                max_bytes -= len(read.text.encode(errors="replace"))
             yield from [read] if split is None else (part for name, part in split(read) if name == TRAIN)
             if file.format not in ("hub", "parquet"):
                 progress.update(task, completed=done + report.consumed)
@@ -320,7 +361,7 @@ def _first_bytes(documents: Iterable[Document], most: int) -> Iterator[Document]
             return
 
 
-def _progress(console: Console) -> Progress:
+def _progress(console: Console | None) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("tokenizer: {task.description}"),
@@ -329,7 +370,7 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=console is None or not console.is_terminal,
     )
 
 

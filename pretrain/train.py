@@ -14,23 +14,38 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from pretrain.changes import refuse_changed
 from pretrain.config import RunConfig, dump_config
 from pretrain.data.loader import DataPlane, ValidationData
 from pretrain.evaluation.likelihood import evaluate_batches
-from pretrain.files import read_manifest, replace_file
+from pretrain.files import lock_directory, read_manifest, replace_file
 from pretrain.interop import stock_config
 from pretrain.model_dir import PublishedStore, read_loom
 from pretrain.models import LoomPreTrainedModel, flops_per_token, loom_config, model_from_config, pick_backend
-from pretrain.runtime import EXIT_STOPPED, import_path, keep_freed_memory, make_accelerator, resolve_precision, set_seed
+from pretrain.plugins import import_path
+from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, make_accelerator, resolve_precision, set_seed
 from pretrain.training import checkpoint
 from pretrain.training.optim import build_optimizer as _build_optimizer
 from pretrain.training.trainer import EvaluationContext, Evaluator, Result, Trainer
 
-_EVALUATION_TOKENS = 8192
-"""Token positions a forward pass of an evaluation."""
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot work before anything is made: the model's shape, and that a stock architecture holds it.
+
+    Raises:
+        ValueError: names the key in the way.
+    """
+    if config.model.architecture is not None:
+        facts = {"vocab_size": config.tokenizer.vocab_size, "special_ids": {}}
+        stock_config(model_config(config, facts))
 
 
-def build_model(config: RunConfig) -> LoomPreTrainedModel:
+def inputs_of(config: RunConfig) -> dict[str, str]:
+    """Digests of what a run trains on; every checkpoint holds them."""
+    return {kind: read_manifest(config.directory / kind, kind).digest for kind in ("tokenizer", "data")}
+
+
+def build_model(config: RunConfig, *, console: Console | None = None) -> LoomPreTrainedModel:
     """The model of a run, with initial weights drawn from `train.seed`, or read from `model.from`.
 
     Reads the vocabulary and the special ids from the run's tokenizer.
@@ -41,7 +56,7 @@ def build_model(config: RunConfig) -> LoomPreTrainedModel:
     """
     tokenizer = read_manifest(config.directory / "tokenizer", "tokenizer").facts
     if config.model.from_ is not None:
-        model = read_loom(Path(config.model.from_))
+        model = read_loom(config.model.from_, note=console.print if console is not None else None)
         if model.config.vocab_size < tokenizer["vocab_size"]:
             raise ValueError(
                 f"model.from: {config.model.from_} has {model.config.vocab_size} embeddings, the tokenizer has "
@@ -51,12 +66,33 @@ def build_model(config: RunConfig) -> LoomPreTrainedModel:
         assert config.model.architecture is not None
         set_seed(config.train.seed)
         model = model_from_config(model_config(config, tokenizer))
-        stock_config(model.config)  # every checkpoint is published in this form: refuse now what it cannot hold
+    _fits(config, model)
     if config.train.attention != "auto":
         model.set_attn_implementation(config.train.attention)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     return model
+
+
+def _fits(config: RunConfig, model: LoomPreTrainedModel) -> None:
+    """Refuse a model that cannot be published, or that the rest of the run does not fit.
+
+    Raises:
+        ValueError: names the keys that do not fit each other.
+    """
+    stock_config(model.config)  # every checkpoint is published in this form: refuse now what it cannot hold
+    wants = {"mlm": "encoder", "causal": "decoder"}.get(config.objective.kind, model.config.kind)
+    if wants != model.config.kind:
+        raise ValueError(
+            f"objective.kind: {config.objective.kind} needs an {wants}, model.from: {config.model.from_} is a "
+            f"{model.config.kind}; choose the other objective, or another model"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions < config.data.sequence_length:
+        raise ValueError(
+            f"data.sequence_length: {config.data.sequence_length} is longer than the {positions} positions of "
+            f"model.from: {config.model.from_}; lower it"
+        )
 
 
 def model_config(config: RunConfig, tokenizer: Mapping[str, Any]) -> Any:
@@ -98,13 +134,12 @@ def build_evaluators(config: RunConfig) -> dict[str, Evaluator]:
     for split in DataPlane.validation_splits(config):
         evaluators[split] = _validation(DataPlane.validation(config, split), config)
     for path in config.evaluate.evaluators:
-        evaluators[path.partition(":")[2]] = import_path(path)
+        name = path.partition(":")[2]
+        evaluators[path if name in evaluators else name] = import_path(path)
     return evaluators
 
 
 def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
-    data.rows_per_batch = max(1, _EVALUATION_TOKENS // config.data.sequence_length)
-
     def evaluator(model: nn.Module, context: EvaluationContext) -> Mapping[str, float]:
         rows = data.batches(max_tokens=config.evaluate.max_tokens)
         batches = (batch.arrays for batch in rows)
@@ -131,7 +166,7 @@ def build_trainer(
     """A trainer for the run; parts that are not given are built from the configuration."""
     keep_freed_memory()
     accelerator = make_accelerator(config.train)
-    model = model if model is not None else build_model(config)
+    model = model if model is not None else build_model(config, console=console)
     data = data if data is not None else build_data(config)
     optimizer = optimizer if optimizer is not None else build_optimizer(config, model)
     if config.train.attention == "auto":
@@ -147,6 +182,7 @@ def build_trainer(
         store=PublishedStore(config.directory / "tokenizer"),
         evaluators=evaluators if evaluators is not None else build_evaluators(config),
         flops_per_token=flops_per_token(model.config, config.data.sequence_length, target_share(config)),
+        inputs=inputs_of(config),
         console=console,
         accelerator=accelerator,
     )
@@ -169,11 +205,13 @@ def train(config: RunConfig, *, resume: str = "auto", console: Console | None = 
         raise ValueError(f"--resume {resume}: give auto or never")
     if resume == "never" and checkpoint.list_checkpoints(directory):
         raise ValueError(f"--resume never, but `{directory}` holds checkpoints; give another name=, or --resume auto")
-    trainer = build_trainer(config, console=console)
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / "config.yaml", dump_config(config).encode())
-    result = trainer.train()
-    return report(result, directory, console)
+    check(config)
+    with lock_directory(directory):
+        if checkpoint.list_checkpoints(directory):
+            refuse_changed(config, directory / "config.yaml", until="train")
+        trainer = build_trainer(config, console=console)
+        replace_file(directory / "config.yaml", dump_config(config).encode())
+        return report(trainer.train(), directory, console)
 
 
 def report(result: Result, directory: Path, console: Console) -> int:
@@ -190,7 +228,7 @@ def report(result: Result, directory: Path, console: Console) -> int:
         "step": progress.step,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
-        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "tokens_per_second": progress.text_tokens / max(progress.seconds, 1e-9),
         "scores": progress.scores,
         "best": progress.best,
         "checkpoint": result.checkpoint.name,

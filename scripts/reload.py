@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, logging, set_seed
 
-PROMPTS = ("def read_file(path):\n", "import os\n\nclass ")
+PROMPTS = ("def read_file(path):\n", "import os\n\n\nclass")
 MASKED = ("for i in [MASK](10):", "return [MASK]", "if x is not [MASK]:")
 TOLERANCE = 1e-5
 
@@ -91,6 +91,7 @@ def facts(run: Path, model: torch.nn.Module, difference: float) -> dict[str, str
 def main(runs: list[str]) -> int:
     """Reload every run; exit code 1 when the logits of one differ."""
     console = Console()
+    logging.disable_progress_bar()
     columns: dict[str, dict[str, str]] = {}
     equal = True
     for run in map(Path, runs):

@@ -25,9 +25,11 @@ setup() {
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into .venv (once)"
         if [ -n "${PRETRAIN_USE_SYSTEM_TORCH:-}" ]; then
-            .venv/bin/python -c 'import torch; print("keeping torch", torch.__version__)' || return 1
+            local torch
+            torch="$(.venv/bin/python -c 'import torch; print(torch.__version__)')" || return 1
+            echo "keeping torch $torch"
             constraints=".venv/constraints.txt"
-            grep -v '^torch==' constraints.txt > "$constraints"
+            { grep -v '^torch==' constraints.txt; echo "torch==$torch"; } > "$constraints"
         else
             .venv/bin/python -m pip install -q -c "$constraints" torch || return 1
         fi

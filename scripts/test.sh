@@ -5,6 +5,14 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh
 setup dev
 
+if [ "${PRETRAIN_REQUIRE:-}" = all ]; then
+    # What we write must read in transformers 4.57 too: a copy beside this environment's own version.
+    export PRETRAIN_TRANSFORMERS_457="$PWD/.venv/transformers-4.57"
+    if [ ! -d "$PRETRAIN_TRANSFORMERS_457/transformers" ]; then
+        python -m pip install -q --no-deps --target "$PRETRAIN_TRANSFORMERS_457" \
+            transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+    fi
+fi
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 ruff format --check .
 ruff check .

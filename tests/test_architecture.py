@@ -18,6 +18,8 @@ LEVELS = {
     "config_text": 0,
     "config": 1,
     "files": 1,
+    "plugins": 1,
+    "changes": 2,
     "runtime": 2,
     "models": 3,
     "data": 3,

@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pretrain.changes import _DECIDES
 from pretrain.config import (
     BUDGETS,
+    DECODERS,
+    ENCODERS,
+    ModelConfig,
     RunConfig,
     amount_in_steps,
     difference,
@@ -20,7 +24,7 @@ from pretrain.config import (
     load_config,
     shipped_directory,
 )
-from pretrain.config_text import ConfigError, parse_yaml
+from pretrain.config_text import ConfigError, dump_yaml, parse_yaml
 
 TEXT = """
 name: small
@@ -95,6 +99,12 @@ def test_a_key_that_stands_twice_is_refused() -> None:
         ("model.max_position_embeddings=128", ["256", "128"]),
         ("model.from=x model.hidden_size=3", ["from", "remove one"]),
         ("export.to=llama", ["export.to", "llama", "gpt2"]),
+        ("checkpoint.every=0", ["checkpoint.every", "at least 1 step"]),
+        ("schedule.kind=wsd schedule.warmup=60% schedule.decay=60%", ["more than the whole run"]),
+        ("train.steps=5 schedule.warmup=9", ["schedule.warmup", "train.steps"]),
+        ("data.validation=[]", ["data.validation", "empty"]),
+        ("data.validation={fraction: 1.0}", ["data.validation.fraction", "1"]),
+        ("data.train=[{name: a, files: []}]", ["data.train[0].files", "at least 1 item"]),
         ("train.steps", ["section.key=value"]),
         ("name.x=1", ["`name` is 'small'"]),
         ("name=a/b", ["name", "matches"]),
@@ -148,6 +158,25 @@ def test_a_configuration_cannot_be_changed(path: Path) -> None:
     config = load_config(path)
     with pytest.raises(ValueError, match="frozen"):
         config.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["1e5", "8_192", "true", "~", "no", "0x10", "1:30", "2%", "ünï", "a: b"])
+def test_texts_that_look_like_numbers_survive_the_copy(text: str) -> None:
+    assert parse_yaml(dump_yaml({"key": text})) == {"key": text}
+
+
+def test_every_key_says_what_it_decides() -> None:
+    """A new key must be placed: a change that nobody placed would count as touching everything."""
+    sections = {key.split(".")[0] for key in known_keys(RunConfig)}
+    assert {prefix.split(".")[0] for prefix in _DECIDES} == sections
+    assert set(_DECIDES) <= set(known_keys(RunConfig))
+
+
+def test_model_keys_are_the_models_own() -> None:
+    from pretrain.models import config_keys
+
+    keys = set(ModelConfig.model_fields) - {"architecture", "from_"}
+    assert keys <= {key for architecture in ENCODERS + DECODERS for key in config_keys(architecture)}
 
 
 @given(st.integers(1, 10**9), st.floats(0, 100))

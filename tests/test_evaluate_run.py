@@ -76,6 +76,17 @@ def test_a_decoder_is_scored_on_every_token_and_end(tmp_path: Path) -> None:
     assert f"{scores['loss']:.4f}" in sink.getvalue()
 
 
+def test_scores_do_not_depend_on_the_optimizer_batch_and_progress_is_told(tmp_path: Path) -> None:
+    config, directory = prepared(tmp_path, "bert")
+    told: list[tuple[str, int, int]] = []
+    scores = evaluate_run(config, directory, progress=lambda *what: told.append(what))
+    assert [stage for stage, _, _ in told] == ["validation"] * len(told)
+    assert told[0][1] == 0
+    assert told[-1][1] == told[-1][2] > 0
+    train = config.train.model_copy(update={"batch_tokens": 1 << 20})
+    assert evaluate_run(config.model_copy(update={"train": train}), directory) == scores
+
+
 def test_an_encoder_is_scored_on_fixed_masks(tmp_path: Path) -> None:
     config, directory = prepared(tmp_path, "bert")
     scores = evaluate_run(config, directory)

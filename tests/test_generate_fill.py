@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pretrain.evaluation.loading import LoadedModel, load_model
+from pretrain.export import import_model
 from pretrain.fill import fill_masks, show_candidates
 from pretrain.generate import generate_text
 
@@ -181,3 +185,41 @@ def test_candidates_are_shown(encoder: Path) -> None:
     show_candidates(fill_masks(encoder, "[MASK] and [MASK]", device="cpu"), Console(file=sink, width=100))
     assert "gap 1 of 2" in sink.getvalue()
     assert "[MASK]" in sink.getvalue()
+
+
+# --- Loom directories -----------------------------------------------------------------------------------------------
+
+USE = """
+import sys
+encoder, encoder_loom, decoder, decoder_loom = sys.argv[1:]
+from pretrain.fill import fill_masks
+stock, loom = (fill_masks(name, "the [MASK] sat .", device="cpu")[0] for name in (encoder, encoder_loom))
+assert [each.token for each in stock] == [each.token for each in loom], (stock, loom)
+from pretrain.generate import generate_text
+stock, loom = (
+    generate_text(name, "ab", max_new_tokens=8, temperature=0, device="cpu") for name in (decoder, decoder_loom)
+)
+assert stock == loom and len(loom) > 2, (stock, loom)
+"""
+
+
+def test_loom_directories_need_no_trust_in_their_code(decoder: Path, encoder: Path, tmp_path: Path) -> None:
+    """In a process that imports the two verbs alone; candidates and text are those of the stock directories."""
+    loom_encoder, loom_decoder = tmp_path / "encoder", tmp_path / "decoder"
+    import_model(encoder, loom_encoder)
+    import_model(decoder, loom_decoder)
+    for directory, kind, positions in ((loom_encoder, "mlm", 16), (loom_decoder, "causal", 24)):
+        assert (directory / "modeling_loom.py").is_file()
+        loaded = load_model(directory, device="cpu")
+        assert (loaded.kind, loaded.max_positions) == (kind, positions)
+        assert type(loaded.model).__module__.startswith("pretrain.models")
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(encoder), str(loom_encoder), str(decoder), str(loom_decoder)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
@@ -15,10 +19,12 @@ from data_builders import run_config, write_tokenizer
 
 from pretrain import prepare
 from pretrain.data.loader import DataPlane
+from pretrain.data.parts import input_files
 from pretrain.data.shards import ShardFacts, TokenStore
-from pretrain.files import ArtifactError, read_manifest, verify_manifest
+from pretrain.files import ArtifactError, read_manifest, sha256_file, verify_manifest
 from pretrain.prepare import is_prepared, prepare_data
 
+TEXT_FILE = "One file,\r\nkept byte for byte: é宋.\n" * 40
 TEXTS = [f"document {number}: " + "the quick brown fox " * (number % 17 + 1) for number in range(400)]
 
 
@@ -26,7 +32,7 @@ TEXTS = [f"document {number}: " + "the quick brown fox " * (number % 17 + 1) for
 def corpus(tmp_path: Path) -> Path:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     (tmp_path / "a.jsonl").write_text(lines)
-    (tmp_path / "b.txt").write_text("One file,\r\nkept byte for byte: é宋.\n" * 40, newline="")
+    (tmp_path / "b.txt").write_text(TEXT_FILE, newline="")
     return tmp_path
 
 
@@ -197,7 +203,7 @@ def test_bad_lines_are_skipped_counted_and_named(corpus):
     ("text", "validation", "message"),
     [
         ('{"text": "only one"}\n', {"fraction": 0.01}, "data.validation: split `validation` is empty"),
-        ('{"text": "only one"}\n', {"fraction": 1.0}, "data.validation: nothing is left to train on"),
+        ('{"text": "only one"}\n', {"fraction": 0.999999999}, "data.validation: nothing is left to train on"),
         ("{broken\n", {"fraction": 0.5}, "gave no tokens at all; the first problem: .*c.jsonl:1: not a JSON object"),
         ('{"body": "x"}\n', {"fraction": 0.5}, "data.text_field: .* the fields are: body"),
     ],
@@ -224,9 +230,85 @@ def test_a_trial_reads_the_first_bytes_and_has_both_splits(corpus):
     write_tokenizer(config.directory / "tokenizer", "gpt2", "the quick brown fox")
     directory = prepare_data(config, max_bytes=5000)
     splits = read_manifest(directory, "data").facts["splits"]
-    assert 5000 <= splits["train"]["bytes"] + splits["validation"]["bytes"] < 6000
+    assert 4000 < splits["train"]["bytes"] + splits["validation"]["bytes"] < 6000
     assert splits["validation"]["documents"] > 1
     assert not is_prepared(config)
+
+
+def bytes_read() -> int:
+    """What this process has asked the system to read so far."""
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="needs Linux's counters")
+@pytest.mark.parametrize(
+    ("name", "validation"),
+    [
+        ("c.txt", {"tail": 0.1}),
+        ("c.jsonl", {"tail": 0.1}),
+        ("c.jsonl", {"fraction": 0.001}),
+        ("c.csv", {"fraction": 0.02}),
+    ],
+)
+def test_a_trial_reads_no_more_of_a_large_file(corpus, name, validation):
+    path = corpus / name
+    path.write_text("text\n" + "".join(f"{text}\n" for text in TEXTS))
+    if name == "c.jsonl":
+        path.write_bytes((corpus / "a.jsonl").read_bytes())
+    os.truncate(path, 400_000_000)  # zeros that take no room on the disk
+    config = run_config(corpus, train=[str(path), str(corpus / "b.txt")], validation=validation, workers=1)
+    write_tokenizer(config.directory / "tokenizer", "gpt2")
+    before = bytes_read()
+    directory = prepare_data(config, max_bytes=5000)
+    assert bytes_read() - before < 40_000_000
+    facts = read_manifest(directory, "data").facts
+    splits = facts["splits"]
+    assert 4000 < splits["train"]["bytes"] + splits["validation"]["bytes"] < 6000
+    assert 0.2 < splits["validation"]["bytes"] / splits["train"]["bytes"] < 0.4
+    assert facts["bad"]["count"] == 0
+    assert (directory / "files.jsonl").read_text().count('"sha256": ""') == 1  # the second file was not needed
+
+
+def test_a_trial_does_not_ask_for_the_size_of_compressed_text(corpus, monkeypatch):
+    (corpus / "c.jsonl.gz").write_bytes(gzip.compress((corpus / "a.jsonl").read_bytes()))
+    config = run_config(corpus, train=[str(corpus / "c.jsonl.gz")], validation={"tail": 0.1}, workers=1)
+    write_tokenizer(config.directory / "tokenizer", "gpt2")
+    monkeypatch.setattr("pretrain.data.parts.units", lambda file: pytest.fail("a pass over the whole text"))
+    splits = read_manifest(prepare_data(config, max_bytes=5000), "data").facts["splits"]
+    assert 4000 < splits["train"]["bytes"] + splits["validation"]["bytes"] < 6000
+
+
+def test_a_trial_of_one_text_has_both_splits(corpus):
+    config = run_config(corpus, train=[str(corpus / "b.txt")], validation={"tail": 0.1})
+    write_tokenizer(config.directory / "tokenizer", "gpt2")
+    directory = prepare_data(config, max_bytes=1_000_000)
+    assert documents(directory, "train")[0] + documents(directory, "validation")[0] == TEXT_FILE
+
+
+def test_a_share_of_one_document_is_refused_at_once(corpus):
+    with pytest.raises(ValueError, match=r"0\.02 cannot be held out of `.*b\.txt`, one document; use \{tail"):
+        prepared(corpus, train=[str(corpus / "b.txt")], validation={"fraction": 0.02})
+
+
+def test_hashing_is_shown(corpus):
+    config, _ = prepared(corpus, train=[str(corpus / "a.jsonl"), str(corpus / "b.txt")])
+    (corpus / "a.jsonl").touch()  # another time, so all is hashed again
+    sink = io.StringIO()
+    assert is_prepared(config, console=Console(file=sink, force_terminal=True, width=120))
+    assert "hashing the text" in sink.getvalue()
+    size = sum((corpus / name).stat().st_size for name in ("a.jsonl", "b.txt"))
+    told = []
+    plan = prepare.make_plan(
+        config.data,
+        input_files(config.data),
+        tokenizer="",
+        tokenizer_digest="",
+        vocab_size=0,
+        max_bytes=None,
+        told=told.append,
+    )
+    assert sum(told) == size
+    assert plan.digests[1] == sha256_file(corpus / "b.txt")
 
 
 def test_progress_is_reported(corpus, small_parts):

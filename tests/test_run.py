@@ -147,6 +147,78 @@ def test_fresh_archives_the_old_run(corpus: Path, tmp_path: Path) -> None:
     assert json.loads((changed.directory / "train" / "result.json").read_text())["step"] == 3
 
 
+def test_the_train_verb_alone_refuses_a_changed_configuration(made: tuple[RunConfig, str]) -> None:
+    from pretrain.train import train
+
+    configuration, _ = made
+    before = digest(configuration.directory)
+    longer = configuration.model_copy(update={"train": configuration.train.model_copy(update={"steps": 9})})
+    with pytest.raises(verb.ChangedConfigError, match=r"train.steps: 6 -> 9 \(touches train"):
+        train(longer, console=recorded())
+    assert digest(configuration.directory) == before
+
+
+def test_one_process_at_a_time(made: tuple[RunConfig, str]) -> None:
+    from pretrain.files import ArtifactError, lock_directory
+    from pretrain.train import train
+
+    configuration, _ = made
+    with (
+        lock_directory(configuration.directory / "train"),
+        pytest.raises(ArtifactError, match="another process works in"),
+    ):
+        train(configuration, console=recorded())
+
+
+def test_changed_text_is_refused_before_anything_is_replaced(corpus: Path, tmp_path: Path) -> None:
+    own = tmp_path / "text.txt"
+    own.write_text(corpus.read_text())
+    configuration = config(own, tmp_path / "runs", train={"steps": 2})
+    assert verb.run(configuration, console=recorded()) == 0
+    before = digest(configuration.directory)
+    own.write_text(corpus.read_text() + "\n\nand a last word of the river")
+    with pytest.raises(verb.ChangedConfigError, match="does not fit any more"):
+        verb.run(configuration, console=recorded())
+    assert digest(configuration.directory) == before
+
+
+def test_data_made_again_are_trained_on_again(corpus: Path, tmp_path: Path) -> None:
+    """The checkpoint holds the digests of its tokenizer and data; other ones make the training stage stale."""
+    configuration = config(corpus, tmp_path, train={"steps": 2})
+    assert verb.run(configuration, console=recorded()) == 0
+    assert verb.is_made(configuration, "train")
+    manifest = configuration.directory / "data" / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    raw["files"] = dict.fromkeys(raw["files"], "0" * 64)
+    manifest.write_text(json.dumps(raw))
+    assert not verb.is_made(configuration, "train")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"hidden_size": 33}}, "hidden_size"),
+        ({"model": {"rope_theta": 1e4}}, "rope_theta"),
+        ({"model": {"num_key_value_heads": 3}}, "num_key_value_heads"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_before_anything_is_made(
+    corpus: Path, tmp_path: Path, sections: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        verb.run(config(corpus, tmp_path, **sections), console=recorded())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_dry_run_takes_a_schedule_in_steps_and_a_budget_in_epochs(corpus: Path, tmp_path: Path) -> None:
+    epochs = {"steps": None, "epochs": 2.0}
+    configuration = config(corpus, tmp_path, schedule={"warmup": 100}, train=epochs)
+    console = recorded()
+    verb.dry_run(configuration, console=console)
+    assert "known once the data are prepared" in text_of(console)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 def test_the_dry_run_tells_memory_and_time_and_leaves_nothing(
     corpus: Path, tmp_path: Path, made: tuple[RunConfig, str], prepared: bool

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.config import TrainConfig
-from pretrain.runtime import StopSignals, has_fast_bf16, import_path, make_accelerator, resolve_precision
+from pretrain.runtime import StopSignals, has_fast_bf16, make_accelerator, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -46,13 +45,3 @@ def test_a_second_interrupt_does_not_wait() -> None:
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "parts_of_mine.py").write_text("def score(): return 7\n")
-    monkeypatch.chdir(tmp_path)
-    assert import_path("parts_of_mine:score")() == 7
-    with pytest.raises(ValueError, match="has no 'other'"):
-        import_path("parts_of_mine:other")
-    with pytest.raises(ValueError, match="no module 'not_there'"):
-        import_path("not_there:score")

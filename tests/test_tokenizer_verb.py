@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pretrain.config import RunConfig, config_from_dict
 from pretrain.data.vocabulary import read_vocabulary
@@ -140,6 +141,69 @@ def test_a_tokenizer_that_does_not_serve_is_refused(tmp_path: Path, text: Path) 
     with pytest.raises(ValueError, match=r"tokenizer\.from: .* cannot be loaded"):
         take_tokenizer(str(tmp_path / "nothing"), out, objective="mlm")
     assert not list(out.iterdir())
+
+
+def taken(source: Path, out: Path, **needs: Any) -> list[str]:
+    out.mkdir()
+    take_tokenizer(str(source), out, **needs)
+    return sorted(path.name for path in out.iterdir())
+
+
+def with_roles(tmp_path: Path, text: Path, name: str, *roles: str) -> Path:
+    """A tokenizer with special tokens for these roles and no others."""
+    trained = Tokenizer.from_file(str(train_tokenizer(run_config(tmp_path, text)) / "tokenizer.json"))
+    named = {f"{role}_token": f"[{role}]" for role in roles}
+    fast = PreTrainedTokenizerFast(tokenizer_object=trained, **named)  # type: ignore[no-untyped-call]
+    fast.save_pretrained(tmp_path / name)
+    return tmp_path / name
+
+
+def test_what_a_taken_tokenizer_needs_goes_by_the_architecture(tmp_path: Path, text: Path) -> None:
+    encoder = with_roles(tmp_path, text, "encoder", "cls", "sep", "pad", "mask")
+    assert "tokenizer.json" in taken(encoder, tmp_path / "own", objective="mine:fn", kind="encoder")
+    assert "tokenizer.json" in taken(encoder, tmp_path / "elsewhere", objective="mine:fn")
+    with pytest.raises(ValueError, match="has no eos_token, which a decoder needs"):
+        taken(encoder, tmp_path / "decoder", objective="mine:fn", kind="decoder")
+    without = with_roles(tmp_path, text, "without", "bos", "eos", "mask")
+    for kind in ("encoder", None):
+        with pytest.raises(ValueError, match="has no cls_token and sep_token, which an encoder needs"):
+            taken(without, tmp_path / f"refused-{kind}", objective="mlm", kind=kind)
+
+
+def test_an_encoder_with_an_objective_of_ones_own_takes_a_tokenizer(tmp_path: Path, text: Path) -> None:
+    source = with_roles(tmp_path, text, "encoder", "cls", "sep", "pad", "mask")
+    changes: dict[str, Any] = {"model": {"architecture": "bert"}, "objective": {"kind": "mine:fn"}}
+    config = run_config(tmp_path, text, name="own", tokenizer={"from": str(source)}, **changes)
+    assert read_vocabulary(train_tokenizer(config)).cls is not None
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="needs Linux's counters")
+@pytest.mark.parametrize(
+    ("algorithm", "validation"),
+    [("byte-bpe", {"fraction": 0.02}), ("byte-bpe", {"tail": 0.1}), ("bytes", {"tail": 0.1})],
+)
+def test_a_trial_reads_the_first_bytes(
+    tmp_path: Path, text: Path, algorithm: str, validation: dict[str, float]
+) -> None:
+    def bytes_read() -> int:
+        return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+    large = tmp_path / "large.txt"
+    large.write_bytes(text.read_bytes())
+    os.truncate(large, 400_000_000)  # zeros that take no room on the disk
+    config = run_config(
+        tmp_path,
+        large,
+        data={"train": [str(large), str(text)], "sequence_length": 32, "validation": validation},
+        tokenizer={"algorithm": algorithm, "vocab_size": 320, "pad_to_multiple": 16, "min_frequency": 2},
+    )
+    before = bytes_read()
+    directory = train_tokenizer(config, max_bytes=8000)
+    assert bytes_read() - before < 60_000_000
+    facts = read_manifest(directory, "tokenizer").facts
+    assert facts["corpus"]["bytes"] == 6000, "a quarter of each text is held out"
+    assert is_trained(config, max_bytes=8000)
+    assert not is_trained(config), "a trial's tokenizer is not the run's"
 
 
 def test_a_model_brings_its_own_tokenizer(tmp_path: Path, text: Path) -> None:

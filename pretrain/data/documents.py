@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -23,16 +22,18 @@ from pretrain.config import DocumentStart
 from pretrain.data.lines import ByteRange, Document, LineReader, ReadReport
 from pretrain.data.sources import (
     SourceFile,
+    Told,
     corpus_digest,
     digest_of_files,
+    hash_file,
     hash_files,
     resolve_sources,
     stdlib_corpus,
 )
-from pretrain.data.streams import open_bytes, text_bytes
+from pretrain.data.streams import first_bytes, open_bytes, text_bytes
 from pretrain.data.tables import missing_field, row_starts, table_rows
 from pretrain.data.text import paragraphs, started, text_lines, whole_file
-from pretrain.files import sha256_file
+from pretrain.files import sha256_json
 
 __all__ = [
     "Document",
@@ -48,6 +49,7 @@ __all__ = [
     "units",
 ]
 
+_PAGE_BUFFER = 1 << 20
 _ROW_FORMATS = ("jsonl", "csv", "tsv", "parquet", "hub")
 
 
@@ -77,6 +79,7 @@ def read_documents(
     text_field: str = "text",
     byte_range: ByteRange | None = None,
     report: ReadReport | None = None,
+    max_bytes: int | None = None,
 ) -> Iterator[Document]:
     """The documents of a file that start in `byte_range` (all of them when None), in order.
 
@@ -87,18 +90,27 @@ def read_documents(
         byte_range: [start, end) in bytes of a plain file or of parquet, in rows of a Hub dataset; compressed files
             are read whole. For csv, one that `byte_ranges` gave, as only a whole pass finds where rows start.
         report: filled while reading.
+        max_bytes: for trials, without `byte_range`: read about the first `max_bytes` of the text and no more; the last
+            document may be cut off, and a Hub dataset is not downloaded.
 
     Raises:
-        ValueError: when the first row has no text in `text_field`, or compressed data is damaged.
+        ValueError: when the first row has no text in `text_field`, compressed data is damaged, or a Hub dataset cannot
+            be loaded.
     """
     report = report if report is not None else ReadReport()
     mode = document_mode(file, document)
-    if file.format == "hub":
-        yield from _hub_rows(file, text_field, byte_range, report)
-    elif file.format == "parquet":
-        yield from _parquet_rows(file, text_field, byte_range, report)
+    if file.format in ("hub", "parquet"):
+        if file.format == "parquet":
+            rows = _parquet_rows(file, text_field, byte_range, report, small=max_bytes is not None)
+        elif max_bytes is not None:
+            rows = _hub_first_rows(file, text_field, report)
+        else:
+            rows = _hub_rows(file, text_field, byte_range, report)
+        yield from rows if max_bytes is None else _until(rows, max_bytes)
     else:
         with open_bytes(file) as (stream, raw):
+            if max_bytes is not None:
+                stream = first_bytes(stream, max_bytes, file.format)
             reader = LineReader(file, stream, raw, byte_range, report)
             if mode == "row":
                 yield from table_rows(reader, text_field)
@@ -111,6 +123,15 @@ def read_documents(
             else:
                 assert isinstance(mode, DocumentStart)
                 yield from started(reader, re.compile(mode.start))
+
+
+def _until(documents: Iterator[Document], most: int) -> Iterator[Document]:
+    """Documents up to the one that reaches `most` bytes."""
+    for document in documents:
+        yield document
+        most -= len(document.text.encode())
+        if most <= 0:
+            return
 
 
 def byte_ranges(file: SourceFile, part_bytes: int, document: str | DocumentStart = "auto") -> list[ByteRange | None]:
@@ -140,23 +161,28 @@ def units(file: SourceFile) -> int:
     return text_bytes(file)
 
 
-def input_digest(file: SourceFile) -> str:
-    """SHA-256 of an input file's bytes; of a Hub dataset, of the files that it is cached in."""
+def input_digest(file: SourceFile, max_bytes: int | None = None, told: Told | None = None) -> str:
+    """SHA-256 of an input file's bytes; of a Hub dataset, of the files that it is cached in.
+
+    With `max_bytes`, for trials, of the first bytes alone; of a Hub dataset, of its name.
+    """
     if file.format == "hub":
+        if max_bytes is not None:
+            return sha256_json(file.name)
         paths = [entry["filename"] for entry in _hub_dataset(file).cache_files]
         return digest_of_files((str(number), digest) for number, digest in enumerate(hash_files(paths)))
-    return sha256_file(Path(file.path))
+    return hash_file(file.path, max_bytes, told)
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
 
 
 def _parquet_rows(
-    file: SourceFile, text_field: str, byte_range: ByteRange | None, report: ReadReport
+    file: SourceFile, text_field: str, byte_range: ByteRange | None, report: ReadReport, *, small: bool = False
 ) -> Iterator[Document]:
-    """Rows of the row groups that start in the range."""
+    """Rows of the row groups that start in the range; `small` reads pages as they are needed, not whole columns."""
     start, end = byte_range if byte_range is not None else (0, file.bytes + 1)
-    with pyarrow.parquet.ParquetFile(file.path) as parquet:
+    with pyarrow.parquet.ParquetFile(file.path, buffer_size=_PAGE_BUFFER if small else 0) as parquet:
         if text_field not in parquet.schema_arrow.names:
             raise ValueError(missing_field(file, text_field, parquet.schema_arrow.names))
         row = 0
@@ -183,6 +209,21 @@ def _hub_rows(
         column = table[row : min(row + 1024, end)].column(0)
         yield from _column_rows(file, text_field, column.chunks, row, report)
         report.consumed = row - start
+
+
+def _hub_first_rows(file: SourceFile, text_field: str, report: ReadReport) -> Iterator[Document]:
+    """The first rows of a Hub dataset, which is streamed."""
+    for number, row in enumerate(_hub_stream(file)):
+        text = row.get(text_field)
+        if isinstance(text, str):
+            if text and not text.isspace():
+                yield Document(text, file.name, number)
+            else:
+                report.empty += 1
+        elif number == 0:
+            raise ValueError(missing_field(file, text_field, row))
+        else:
+            report.note_bad(f"{file.name}:row {number + 1}", f"no text in `{text_field}`")
 
 
 def _column_rows(
@@ -212,10 +253,38 @@ def _column_rows(
 
 @lru_cache(maxsize=8)
 def _hub_dataset(file: SourceFile) -> Any:
-    """`hub:NAME`, `hub:ORG/NAME` or `hub:ORG/NAME/CONFIG`, each with `:SPLIT` behind it where it is not train."""
+    return _load_hub(file)
+
+
+def _hub_stream(file: SourceFile) -> Iterator[dict[str, Any]]:
+    return iter(_load_hub(file, streaming=True))
+
+
+def _load_hub(file: SourceFile, **how: bool) -> Any:
+    """`hub:NAME[/CONFIG]` or `hub:ORG/NAME[/CONFIG]`, each with `:SPLIT` behind it where it is not train.
+
+    Two parts are ORG/NAME where there is such a dataset, else NAME/CONFIG.
+
+    Raises:
+        ValueError: when it cannot be had, or has no such configuration or split.
+    """
     from datasets import load_dataset
 
     path, _, split = file.path.partition(":")
     parts = path.split("/")
-    name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
-    return load_dataset(name, config, split=split or "train")
+    readings = [("/".join(parts[:2]), "/".join(parts[2:]) or None)]
+    if len(parts) == 2:
+        readings.append((parts[0], parts[1]))
+    problems: list[str] = []
+    for name, config in readings:
+        try:
+            return load_dataset(name, config, split=split or "train", **how)
+        except (OSError, ValueError) as error:  # no such dataset, no connection; no such configuration or split
+            problems.append(str(error))
+            if isinstance(error, ValueError):
+                break  # the dataset is there
+    raise ValueError(
+        f"data.train or data.validation: `{file.name}` cannot be loaded ({'; '.join(problems)}); check the name, the "
+        "configuration and the split, and, for a dataset that is not in the cache, the connection and HF_HUB_OFFLINE; "
+        "or download it elsewhere and give its files"
+    )

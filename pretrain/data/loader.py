@@ -1,15 +1,13 @@
 """The batch of a step, a pure function of (data, seed, step).
 
-What lives here: the data plane of a run, validation passes, fingerprints, prefetching. What must not: torch.
+What lives here: the data plane of a run, validation passes, fingerprints. What must not: torch, or reading text.
 
 State is three values: a fingerprint of all that decides the batches, the seed, and how many samples were seen.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy.typing as npt
 
 from pretrain.config import ObjectiveConfig, RunConfig
 from pretrain.data.objectives import (
+    BUILT_IN,
     EVALUATION_MLM,
     IGNORE,
     Objective,
@@ -29,11 +28,12 @@ from pretrain.data.objectives import (
 from pretrain.data.order import Draws, IntArray, rows_of_samples
 from pretrain.data.packing import Layout, PackingPlan, PackingSpec, load_or_plan
 from pretrain.data.rows import assemble_rows, special_pair
-from pretrain.data.shards import ShardFacts, TokenStore
-from pretrain.data.splits import TRAIN, VALIDATION
+from pretrain.data.shards import TRAIN, VALIDATION, ShardFacts, TokenStore
 from pretrain.data.vocabulary import SpecialIds
 from pretrain.files import ArtifactError, Manifest, read_manifest, sha256_json
 
+VALIDATION_BATCH_TOKENS = 8192
+"""Token positions a forward pass of an evaluation, whatever an optimizer step takes in its micro-batches."""
 _VALIDATION_SEED = 0
 
 
@@ -73,12 +73,14 @@ class LoadedSplit:
         )
         self.plan: PackingPlan = load_or_plan(directory / split, spec, self.store)
         self.name = f"{directory}/{split}"
+        self.model_kind: Layout | None = None  # where the configuration says what the model is
 
     def batch(self, objective: Objective, seed: int, epochs: IntArray, rows: IntArray, kind: str) -> Batch:
         packed = assemble_rows(self.store, self.plan, rows, self.tokens)
         draws = Draws(seed, epochs, rows, self.plan.spec.sequence_length)
         made = objective(packed, draws, self.tokens)
-        check_batch(made, packed.input_ids.shape, kind)
+        if kind not in BUILT_IN:
+            made = check_batch(made, packed.input_ids.shape, kind, self.tokens.vocab_size, self.model_kind)
         arrays: dict[str, npt.NDArray[Any]] = {
             "position_ids": packed.position_ids,
             "document_ids": packed.document_ids,
@@ -141,6 +143,7 @@ class DataPlane:
             check_tokenizer(read_manifest(directory, "data"), tokenizer_directory, directory)
         chosen = layout or layout_of(objective)
         loaded = LoadedSplit(directory, split, chosen, sequence_length, max_documents_per_row)
+        loaded.model_kind = layout
         return cls(loaded, objective, seed=seed, rows_per_batch=rows_per_batch)
 
     @classmethod
@@ -172,7 +175,6 @@ class DataPlane:
             split,
             objective=config.objective,
             sequence_length=config.data.sequence_length,
-            rows_per_batch=config.rows_per_batch,
             layout=config.kind,
             max_documents_per_row=config.data.max_documents_per_row,
         )
@@ -193,29 +195,6 @@ class DataPlane:
         samples = np.arange(first, first + self.rows_per_batch, dtype=np.int64)[rows or slice(None)]
         epochs, plan_rows = rows_of_samples(samples, self.num_rows, self.seed)
         return self._split.batch(self._objective, self.seed, epochs, plan_rows, self._kind)
-
-    def batches(self, start: int = 0, stop: int | None = None, *, workers: int = 1, ahead: int = 2) -> Iterator[Batch]:
-        """Batches of steps start, start + 1, ..., made by background threads; `workers=0` makes them in this one."""
-        if workers == 0:
-            step = start
-            while stop is None or step < stop:
-                yield self.batch(step)
-                step += 1
-            return
-        with ThreadPoolExecutor(workers, thread_name_prefix="data") as pool:
-            waiting: deque[Future[Batch]] = deque()
-            step = start
-            try:
-                while True:
-                    while len(waiting) < ahead and (stop is None or step < stop):
-                        waiting.append(pool.submit(self.batch, step))
-                        step += 1
-                    if not waiting:
-                        return
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
 
     def state(self, samples_seen: int) -> dict[str, Any]:
         """What a checkpoint must hold of the data; `made_of` is what the fingerprint is the hash of."""
@@ -258,10 +237,14 @@ class ValidationData:
     """A validation split: each row once, in a fixed order, with masks that are the same in every run.
 
     Masked models are scored at a rate of 15% (80% [MASK], 10% random, 10% kept), whatever the training rate.
+    A batch has `batch_tokens` positions at most (one row at least), so that scoring needs no more memory than training
+    did; the rows and their masks do not depend on it.
     """
 
-    def __init__(self, split: LoadedSplit, objective: ObjectiveConfig, *, rows_per_batch: int) -> None:
-        self.rows_per_batch = rows_per_batch
+    def __init__(
+        self, split: LoadedSplit, objective: ObjectiveConfig, *, batch_tokens: int = VALIDATION_BATCH_TOKENS
+    ) -> None:
+        self.rows_per_batch = max(1, batch_tokens // split.plan.spec.sequence_length)
         self._split = split
         self._kind = objective.kind
         self._objective = make_objective(EVALUATION_MLM if objective.kind == "mlm" else objective)
@@ -275,13 +258,14 @@ class ValidationData:
         *,
         objective: ObjectiveConfig,
         sequence_length: int,
-        rows_per_batch: int,
+        batch_tokens: int = VALIDATION_BATCH_TOKENS,
         layout: Layout | None = None,
         max_documents_per_row: int = 64,
     ) -> ValidationData:
         """The validation data of `directory`/`split`; arguments and errors as of `DataPlane.from_directory`."""
         loaded = LoadedSplit(directory, split, layout or layout_of(objective), sequence_length, max_documents_per_row)
-        return cls(loaded, objective, rows_per_batch=rows_per_batch)
+        loaded.model_kind = layout
+        return cls(loaded, objective, batch_tokens=batch_tokens)
 
     @property
     def num_bytes(self) -> int:

@@ -7,12 +7,12 @@ An objective is a function `fn(rows: Rows, draws: Draws, tokens: SpecialIds) -> 
 configuration as `objective.kind: my_module:fn`. It returns what the model's `forward` takes beside `position_ids` and
 `document_ids`: `input_ids` and either `labels` (targets at their own positions, for a masked model) or `shift_labels`
 (the target of each position, already shifted, for a causal one), each (B, L) int64 with -100 where there is no target.
-It draws from `draws` alone, so that the batch stays a pure function of (data, seed, step).
+It draws from `draws` alone, so that the batch stays a pure function of (data, seed, step). Modules in the working
+directory are found.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +24,13 @@ import numpy.typing as npt
 from pretrain.config import ObjectiveConfig
 from pretrain.data.order import Draws, IntArray, below, integers
 from pretrain.data.vocabulary import SpecialIds
+from pretrain.plugins import import_path
 
 IGNORE = -100
+"""Target of a position that is not scored, as in `torch.nn.functional.cross_entropy`."""
+
+BUILT_IN = ("causal", "mlm")
+_TARGETS = {"encoder": "labels", "decoder": "shift_labels"}
 EVALUATION_MLM = ObjectiveConfig(kind="mlm", rate=0.15, random=0.1, keep=0.1)
 """Validation masks, whatever the training rate, so that losses of different runs compare (Devlin et al. 2019)."""
 
@@ -93,17 +98,23 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a configuration names.
 
     Raises:
-        ValueError: when an import path leads nowhere, or to something that cannot be called.
+        ValueError: when an import path leads nowhere, or to something that cannot be called, or keys of mlm stand
+            beside it.
     """
     if config.kind == "causal":
         return causal
     if config.kind == "mlm":
         return MaskedLanguageModelling(config.rate, config.random, config.keep)
-    module_name, _, name = config.kind.partition(":")
+    plain, defaults = config.model_dump(), ObjectiveConfig(kind=config.kind).model_dump()
+    if without_effect := [f"objective.{key}" for key in plain if plain[key] != defaults[key]]:
+        raise ValueError(
+            f"{without_effect[0]}: {plain[without_effect[0].partition('.')[2]]} belongs to mlm and has no effect with "
+            f"objective.kind: {config.kind}; remove it, and set it in the function itself"
+        )
     try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"objective.kind: {config.kind} cannot be imported ({error}); is it on PYTHONPATH?") from error
+        found = import_path(config.kind)
+    except ValueError as error:
+        raise ValueError(f"objective.kind: {error}") from error
     if not callable(found):
         raise ValueError(f"objective.kind: {config.kind} is a {type(found).__name__}, not a function")
     objective: Objective = found
@@ -122,13 +133,45 @@ def objective_identity(config: ObjectiveConfig, objective: Objective) -> dict[st
         return {"kind": config.kind}
 
 
-def check_batch(arrays: dict[str, npt.NDArray[Any]], shape: tuple[int, ...], kind: str) -> None:
-    """Raise ValueError when an objective gave back something else than rows of inputs and targets."""
-    targets = [name for name in ("labels", "shift_labels") if name in arrays]
-    if "input_ids" not in arrays or len(targets) != 1:
-        raise ValueError(
-            f"objective.kind: {kind} returned {sorted(arrays)}; needed are input_ids and one of labels, shift_labels"
-        )
-    for name, array in arrays.items():
+def check_batch(
+    made: Any, shape: tuple[int, ...], kind: str, vocab_size: int, model_kind: str | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """What an objective of one's own gave back, with ids as int64.
+
+    Args:
+        made: what it returned.
+        shape: of the rows, (B, L).
+        kind: its import path.
+        vocab_size: all ids lie below.
+        model_kind: encoder or decoder, where it is known; else either kind of target will do.
+
+    Raises:
+        ValueError: when it is not rows of inputs and targets, or not the targets that the model takes.
+    """
+    returned = f"objective.kind: {kind} returned"
+    if not isinstance(made, dict):
+        raise ValueError(f"{returned} a {type(made).__name__}; return a dict of numpy arrays")
+    takes = _TARGETS.get(model_kind or "", "one of labels, shift_labels")
+    targets = [name for name in _TARGETS.values() if name in made]
+    if "input_ids" not in made or len(targets) != 1 or takes not in (targets[0], "one of labels, shift_labels"):
+        of_kind = f" for {'an' if model_kind == 'encoder' else 'a'} {model_kind}" if model_kind else ""
+        raise ValueError(f"{returned} {sorted(made)}; needed are input_ids and {takes}{of_kind}")
+    checked: dict[str, npt.NDArray[Any]] = {}
+    for name, array in made.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{returned} `{name}` as a {type(array).__name__}; return a numpy array")
         if array.shape[:2] != shape:
-            raise ValueError(f"objective.kind: {kind} returned `{name}` of shape {array.shape}; rows are {shape}")
+            raise ValueError(f"{returned} `{name}` of shape {array.shape}; rows are {shape}")
+        checked[name] = array
+    for name in ("input_ids", targets[0]):
+        array = checked[name]
+        if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{returned} `{name}` as {array.dtype} of shape {array.shape}; ids are int64 of {shape}")
+        ids = array if name == "input_ids" else array[array != IGNORE]
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(
+                f"{returned} `{name}` from {ids.min()} to {ids.max()}; ids are 0 to {vocab_size - 1}"
+                + (f", and {IGNORE} where there is no target" if name != "input_ids" else "")
+            )
+        checked[name] = array.astype(np.int64, copy=False)
+    return checked

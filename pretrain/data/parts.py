@@ -6,15 +6,16 @@ What must not: doing the work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pretrain.config import DataConfig, DocumentStart, Source, ValidationSplit
 from pretrain.data.documents import byte_ranges, document_mode, input_digest, units
-from pretrain.data.sources import SourceFile, digest_of_files, refuse_repeated, resolve_sources
-from pretrain.data.splits import TRAIN, VALIDATION, Split, by_fraction, by_tail, by_tail_of_text, by_turns, entirely
+from pretrain.data.shards import TRAIN, VALIDATION
+from pretrain.data.sources import SourceFile, Told, digest_of_files, first_files, refuse_repeated, resolve_sources
+from pretrain.data.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text, entirely
 from pretrain.files import sha256_json
 
 PLAN_VERSION = 1
@@ -49,8 +50,8 @@ class Part:
 class Plan:
     """All parts of a preparation and everything that decides their bytes. Plain data, kept beside the unfinished parts.
 
-    `held_out` is the rule that splits the training files: {"fraction": x}, {"tail": x}, {"turns": n} or None.
-    `max_bytes` bounds the text that each split's files give, for trials.
+    `held_out` is the rule that splits the training files: {"fraction": x}, {"tail": x} or None.
+    `max_bytes` bounds the text that is read of each split's files, for trials.
     """
 
     files: tuple[SourceFile, ...]
@@ -116,8 +117,6 @@ class Plan:
             return entirely(part.split)
         if "fraction" in self.held_out:
             return by_fraction(self.held_out["fraction"])
-        if "turns" in self.held_out:
-            return by_turns(int(self.held_out["turns"]))
         if piece.length is None:
             return by_tail_of_text(self.held_out["tail"])
         return by_tail(self.held_out["tail"], piece.length)
@@ -146,26 +145,38 @@ def make_plan(
     tokenizer_digest: str,
     vocab_size: int,
     max_bytes: int | None,
+    told: Told | None = None,
 ) -> Plan:
     """Cut the text (as of `input_files`) into parts of about `data.part_bytes` and hash every input.
 
+    With `max_bytes` no more than that is read of any file, and later files are left out; `told` is called with the
+    bytes that were hashed, from time to time.
+
     Raises:
-        ValueError: when `data.document` does not fit a file.
+        ValueError: when `data.document` does not fit a file, or a share is to be held out of a single document.
     """
     files = [file for group in splits.values() for file in group]
     rule = data.validation.model_dump(exclude_none=True) if isinstance(data.validation, ValidationSplit) else None
+    if rule is not None and "fraction" in rule:
+        _refuse_a_share_of_one(splits[TRAIN], data, rule["fraction"])
     if rule is not None and max_bytes is not None:
-        rule = {"turns": 4.0}  # a trial's few documents must give some to each side
+        rule = {"tail": TRIAL_TAIL}
     parts: list[Part] = []
     first = 0
     for split, group in splits.items():
-        tail = split == TRAIN and rule is not None and "tail" in rule
-        pieces = _pieces(group, first, data, needs_length=tail)
-        chosen = [Part(split, number, tuple(some), weight) for number, (some, weight) in enumerate(pieces)]
-        parts.extend(chosen if max_bytes is None else _first_bytes(chosen, max_bytes))
+        pieces: Iterable[tuple[list[Piece], int]]
+        if max_bytes is None:
+            tail = split == TRAIN and rule is not None and "tail" in rule
+            pieces = _pieces(group, first, data, needs_length=tail)
+        else:
+            pieces = _first_pieces(group, first, max_bytes)
+        parts.extend(Part(split, number, tuple(some), weight) for number, (some, weight) in enumerate(pieces))
         first += len(group)
-    used = sorted({piece.file for part in parts for piece in part.pieces}) if max_bytes is not None else None
-    digests = [input_digest(file) if used is None or number in used else "" for number, file in enumerate(files)]
+    used = {piece.file for part in parts for piece in part.pieces}
+    digests = [
+        input_digest(file, max_bytes, told) if max_bytes is None or number in used else ""
+        for number, file in enumerate(files)
+    ]
     return Plan(
         files=tuple(files),
         digests=tuple(digests),
@@ -202,11 +213,17 @@ def _pieces(
         yield group, weight
 
 
-def _first_bytes(parts: list[Part], max_bytes: int) -> list[Part]:
-    """The first parts that together hold `max_bytes`."""
-    total = 0
-    for count, part in enumerate(parts, start=1):
-        total += part.weight
-        if total >= max_bytes:
-            return parts[:count]
-    return parts
+def _first_pieces(files: Sequence[SourceFile], first: int, max_bytes: int) -> list[tuple[list[Piece], int]]:
+    """One part of the first files that together hold `max_bytes`: a trial asks no file for its borders or its end."""
+    taken = first_files(files, max_bytes)
+    pieces = [Piece(number, None) for number in range(first, first + len(taken))]
+    return [(pieces, sum(min(max_bytes, file.bytes) for file in taken))]
+
+
+def _refuse_a_share_of_one(files: Sequence[SourceFile], data: DataConfig, fraction: float) -> None:
+    """Raise ValueError when the text is one document: whole documents are held out, so this holds out none, or all."""
+    if len(files) == 1 and document_mode(files[0], data.document) == "file":
+        raise ValueError(
+            f"data.validation: a fraction of {fraction} cannot be held out of `{files[0].name}`, one document; "
+            "use {tail: 0.1}, name validation files, or cut it into more documents with data.document"
+        )

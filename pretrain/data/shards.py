@@ -25,6 +25,9 @@ TOKENS_SUFFIX = ".ds"
 INDEX_SUFFIX = ".ds.index"
 UNFINISHED_SUFFIX = ".unfinished"
 
+TRAIN, VALIDATION = "train", "validation"
+"""Names of splits, each a directory of shards; further validation splits are called validation-NAME."""
+
 IntArray = npt.NDArray[np.int64]
 
 

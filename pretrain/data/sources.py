@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,10 @@ _NOT_IN_STDLIB_CORPUS = {
     "__pycache__",
 }
 _STDLIB_MINIMUM = 5_000_000
+_BLOCK = 1 << 20
+
+Told = Callable[[int], None]
+"""Called, from any thread, with the number of bytes that were hashed since the last call."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,34 @@ def digest_of_files(files: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def hash_files(paths: Sequence[str], threads: int = 4) -> list[str]:
-    """SHA-256 of each file, several at a time (hashing lets go of Python's lock)."""
+def hash_file(path: str, max_bytes: int | None = None, told: Told | None = None) -> str:
+    """SHA-256 of a file, or of its first `max_bytes`; `told` is called with the bytes of each block hashed."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        left = max_bytes
+        while block := file.read(_BLOCK if left is None else min(_BLOCK, left)):
+            digest.update(block)
+            if told is not None:
+                told(len(block))
+            if left is not None:
+                left -= len(block)
+    return digest.hexdigest()
+
+
+def hash_files(
+    paths: Sequence[str], threads: int = 4, *, max_bytes: int | None = None, told: Told | None = None
+) -> list[str]:
+    """SHA-256 of each file, or of its first `max_bytes`, several at a time (hashing lets go of Python's lock)."""
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        return list(pool.map(lambda path: sha256_file(Path(path)), paths))
+        return list(pool.map(lambda path: hash_file(path, max_bytes, told), paths))
+
+
+def first_files(files: Iterable[SourceFile], max_bytes: int) -> list[SourceFile]:
+    """The first files that together hold `max_bytes`; a Hub dataset, whose size is not known, is taken to do so."""
+    taken: list[SourceFile] = []
+    for file in files:
+        taken.append(file)
+        max_bytes -= max_bytes if file.format == "hub" else file.bytes
+        if max_bytes <= 0:
+            break
+    return taken

@@ -10,8 +10,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 from pretrain.data.lines import Document
+from pretrain.data.shards import TRAIN, VALIDATION
 
-TRAIN, VALIDATION = "train", "validation"
+TRIAL_TAIL = 0.25
+"""Trials hold out this much of each text, whatever the rule: their few documents must give some to each side."""
+
 Split = Callable[[Document], Iterator[tuple[str, Document]]]
 
 _KEY = b"pretrain validation split, seed %d"
@@ -47,7 +50,7 @@ def by_tail(tail: float, length: int) -> Split:
 
 
 def by_tail_of_text(tail: float) -> Split:
-    """Hold out the last share `tail` of each text in bytes: for files that are one document.
+    """Hold out the last share `tail` of each text in bytes: for files that are one document, and for trials.
 
     The cut is at int(bytes * (1 - tail)), moved back to where a UTF-8 character starts.
     """
@@ -60,18 +63,6 @@ def by_tail_of_text(tail: float) -> Split:
         for name, start, part in ((TRAIN, 0, data[:cut]), (VALIDATION, cut, data[cut:])):
             if part:
                 yield name, Document(part.decode("utf-8"), document.file, document.position + start)
-
-    return split
-
-
-def by_turns(number: int) -> Split:
-    """Hold out every `number`-th document, from the second on: for trials on a few documents."""
-    seen = 0
-
-    def split(document: Document) -> Iterator[tuple[str, Document]]:
-        nonlocal seen
-        yield VALIDATION if seen % number == 1 else TRAIN, document
-        seen += 1
 
     return split
 

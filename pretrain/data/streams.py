@@ -79,6 +79,22 @@ def open_bytes(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             raise ValueError(f"`{file.name}`: the {file.compression} data is damaged ({error}); get it anew") from error
 
 
+def first_bytes(stream: IO[bytes], most: int, file_format: str) -> IO[bytes]:
+    """About the first `most` bytes: of text up to a whole character, of a table up to a whole row."""
+    data = stream.read(most)
+    if len(data) < most:
+        return io.BytesIO(data)
+    if file_format == "txt":
+        end = len(data)
+        while end and data[end - 1] & 0xC0 == 0x80:  # a character of several bytes may be cut off: leave it out
+            end -= 1
+        return io.BytesIO(data if end == len(data) and data[-1] < 0x80 else data[: max(0, end - 1)])
+    data += stream.readline()
+    while file_format == "csv" and data.count(b'"') % 2 and (line := stream.readline()):  # within a quoted field
+        data += line
+    return io.BytesIO(data)
+
+
 def seek_line(stream: IO[bytes], start: int) -> int:
     """Go to the first line that starts at `start` or later; return where that is."""
     if start == 0:

@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.parts import Part, Plan
-from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, UNFINISHED_SUFFIX
-from pretrain.data.splits import TRAIN, VALIDATION
+from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, TRAIN, UNFINISHED_SUFFIX, VALIDATION
 from pretrain.data.vocabulary import SpecialIds
 from pretrain.files import MANIFEST, Manifest, replace_file, sha256_file, write_manifest
 

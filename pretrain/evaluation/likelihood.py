@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pretrain.data.objectives import IGNORE
 from pretrain.evaluation.passes import Passes, bare, num_targets, score_rows, target_scores
 from pretrain.evaluation.text import (
-    IGNORED,
     MASK_RATE,
     Row,
     SentenceSample,
@@ -76,7 +76,7 @@ def evaluate_batches(
             masked = "labels" in tensors and "shift_labels" not in tensors
             targets = tensors.pop("labels" if masked else "shift_labels")
             tensors.pop("labels", None)
-            number = int((targets != IGNORED).sum())
+            number = int((targets != IGNORE).sum())
             if _is_packable(model) and not masked:
                 # The fused head and loss: the logits of the whole batch never exist at once.
                 output = model(**tensors, shift_labels=targets, num_items_in_batch=1, return_logits=False)

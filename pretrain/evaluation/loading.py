@@ -1,7 +1,8 @@
 """Any Hugging Face model directory, made ready for scoring: the model, its tokenizer, and what exactly they are.
 
-What lives here: the one loader that `evaluate`, `generate` and `fill` share. What must not: writing directories, or
-the Loom classes; a directory is loaded by plain `transformers`, as its users load it.
+What lives here: the one loader that `evaluate`, `generate` and `fill` share, and what every loader says when there is
+nothing to load. What must not: writing directories, or a choice of class; a directory is loaded by plain
+`transformers`, as its users load it. The Loom classes are known to it, so their directories need no code of their own.
 
 Weights come from safetensors alone, and code inside a directory runs only when the caller asks for it.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -22,11 +24,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from pretrain.files import sha256_file
+import pretrain.models  # noqa: F401 (registers the Loom classes with the Auto classes)
+from pretrain.files import ArtifactError, sha256_file
 
 Kind = Literal["causal", "mlm"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+_OWN_CODE = "it carries its own code: read it, then allow it with --trust-remote-code"
 _UNLIMITED = 1_000_000  # tokenizers without a stated limit carry 1e30
 
 
@@ -88,12 +92,12 @@ def load_model(
     name = str(source)
     if kind not in ("auto", "causal", "mlm"):
         raise ValueError(f"kind: {kind} is unknown; use auto, causal or mlm")
-    _check_directory(name)
-    with _loading(name, "model"):
+    check_source(name)
+    with loading(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     decided: Kind = _kind_of(config, name) if kind == "auto" else "causal" if kind == "causal" else "mlm"
     auto_class: Any = AutoModelForCausalLM if decided == "causal" else AutoModelForMaskedLM
-    with _loading(name, "model"):
+    with loading(name, "model"):
         model, report = auto_class.from_pretrained(
             name,
             config=config,
@@ -118,41 +122,54 @@ def load_model(
     return LoadedModel(model.eval().to(place), loaded_tokenizer, decided, name, tokenizer_source, place)
 
 
-def _check_directory(name: str) -> None:
-    """A path that exists but is no model directory gets its answer here; else it would be taken for a Hub name."""
-    path = Path(name)
+def check_source(source: str | Path) -> None:
+    """A path that is no model directory gets its answer here; else it would be taken for a Hub name.
+
+    Raises:
+        ArtifactError: says what is there instead, and the remedy.
+    """
+    name, path = str(source), Path(source)
     if path.is_file():
-        raise ValueError(f"`{name}` is a file; give the directory that holds config.json and the weights")
+        raise ArtifactError(f"`{name}` is a file; give the directory that holds config.json and the weights")
     if path.is_dir() and not (path / "config.json").is_file():
         inside = next((folder for folder in ("model", "export") if (path / folder / "config.json").is_file()), None)
         hint = f"did you mean `{path / inside}`?" if inside else "give a directory that save_pretrained or export wrote"
-        raise ValueError(f"`{name}` is not a model directory: config.json is missing; {hint}")
-    if not path.exists() and name.startswith(("/", ".", "~")):
-        raise ValueError(f"there is no directory `{name}`; give a model directory or a Hub name")
+        raise ArtifactError(f"`{name}` is not a model directory: config.json is missing; {hint}")
+    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise ArtifactError(f"there is no directory `{name}`; give a model directory or a Hub name")
 
 
 @contextmanager
-def _loading(name: str, what: str) -> Iterator[None]:
-    """Say what could not be loaded and what to do; no progress bars of `transformers` meanwhile."""
-    bars: Any = logging
-    were_shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+def loading(name: str, what: str, *, own_code: str = _OWN_CODE) -> Iterator[None]:
+    """Say what could not be loaded and what to do; no progress bars and weight reports of `transformers` meanwhile.
+
+    Raises:
+        ValueError: in place of what `transformers` raises; `own_code` is the remedy for a model that carries its code.
+    """
+    console: Any = logging
+    were_shown, verbosity = console.is_progress_bar_enabled(), console.get_verbosity()
+    console.disable_progress_bar()
+    console.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
-            remedy = "it carries its own code: read it, then allow it with --trust-remote-code"
+            remedy = own_code
         elif Path(name).is_dir():
             remedy = (
                 "give a directory with config.json, *.safetensors (pickled .bin files are not read) and a tokenizer"
             )
         else:
-            remedy = "give a directory, or a Hub name that can be reached from here"
+            remedy = (
+                "there is no such directory, so it is a name on the Hub; give a Hub name that can be reached from here "
+                "(see HF_HUB_OFFLINE, HF_TOKEN), or download it elsewhere and give the directory"
+            )
         raise ValueError(f"`{name}`: the {what} cannot be loaded; {remedy} ({reason[:300]})") from error
     finally:
+        console.set_verbosity(verbosity)
         if were_shown:
-            bars.enable_progress_bar()
+            console.enable_progress_bar()
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
@@ -161,7 +178,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
         raise ValueError(
             f"`{name}` holds no tokenizer (tokenizer.json is missing); name its directory with --tokenizer"
         )
-    with _loading(name, "tokenizer"):
+    with loading(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 

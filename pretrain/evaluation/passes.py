@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.evaluation.text import IGNORED, Row
+from pretrain.data.objectives import IGNORE
+from pretrain.evaluation.text import Row
 
 Progress = Callable[[str, int, int], None]
 """Told now and then what is being scored, how many targets are done, and how many there are."""
@@ -87,13 +88,13 @@ def target_scores(model: nn.Module, inputs: Mapping[str, Tensor], targets: Tenso
     Args:
         model: any model whose output has `logits`.
         inputs: what its `forward` takes, without labels; `input_ids` is (B, L).
-        targets: (B, L) int64, the id to predict at each position, `IGNORED` where none.
+        targets: (B, L) int64, the id to predict at each position, `IGNORE` where none.
 
     Returns:
         (N,) float32 nats and (N,) bool, for the N targets in row order.
     """
     flat = targets.reshape(-1)
-    chosen = (flat != IGNORED).nonzero().squeeze(1)  # (N,)
+    chosen = (flat != IGNORE).nonzero().squeeze(1)  # (N,)
     wanted = flat.index_select(0, chosen)
     if not len(chosen):
         return flat.new_zeros(0, dtype=torch.float32), flat.new_zeros(0, dtype=torch.bool)
@@ -142,7 +143,7 @@ def score_rows(
 
 
 def num_targets(row: Row) -> int:
-    return int((row.targets != IGNORED).sum())
+    return int((row.targets != IGNORE).sum())
 
 
 def _batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -159,7 +160,7 @@ def _collate(
 ) -> tuple[dict[str, Tensor], Tensor]:
     width = max(len(row.input_ids) for row in rows)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    targets = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    targets = np.full((len(rows), width), IGNORE, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
     for place, row in enumerate(rows):
         ids[place, : len(row.input_ids)] = row.input_ids

@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.data.objectives import IGNORE
 from pretrain.data.order import below, hash_counters, integers
-
-IGNORED = -100
-"""Target of a position that is not scored, as in `torch.nn.functional.cross_entropy`."""
 
 MASK_RATE, RANDOM_SHARE, KEEP_SHARE = 0.15, 0.10, 0.10
 """Devlin et al. 2018 (arXiv 1810.04805), section 3.1: 15% of tokens; of those 80% [MASK], 10% random, 10% kept."""
@@ -28,7 +26,7 @@ _SELECT, _REPLACE, _DRAW, _SAMPLE = range(4)  # purposes of a hash
 
 @dataclass(frozen=True)
 class Row:
-    """One forward pass's worth: the input and, for each position, the id to predict there or `IGNORED`."""
+    """One forward pass's worth: the input and, for each position, the id to predict there or `IGNORE`."""
 
     input_ids: np.ndarray  # (n,) int32
     targets: np.ndarray  # (n,) int32
@@ -108,7 +106,7 @@ def causal_rows(ids: np.ndarray, prefix: int, window: int, stride: int) -> Itera
         reach = window if scored == 0 else scored + stride
         begin, end = max(0, reach - window), min(reach, len(ids))
         targets = full[begin + 1 : end + 1].copy()
-        targets[: scored - begin] = IGNORED
+        targets[: scored - begin] = IGNORE
         yield Row(full[begin:end], targets)
         scored = end
 
@@ -164,9 +162,9 @@ def masked_rows(text: str, ids: np.ndarray, template: Template, window: int) -> 
     payload = window - template.length
     for begin in range(0, len(ids), payload):
         piece = slice(begin, begin + payload)
-        targets = np.where(selected[piece], ids[piece], IGNORED)
+        targets = np.where(selected[piece], ids[piece], IGNORE)
         if selected[piece].any():
-            yield Row(template.wrap(replaced[piece]), template.wrap(targets, IGNORED))
+            yield Row(template.wrap(replaced[piece]), template.wrap(targets, IGNORE))
 
 
 def mask_tokens(ids: np.ndarray, key: int, template: Template) -> tuple[np.ndarray, np.ndarray]:
@@ -189,9 +187,9 @@ def hidden_token_rows(ids: np.ndarray, template: Template) -> Iterator[Row]:
     for place in range(len(ids)):
         hidden = ids.copy()
         hidden[place] = template.mask
-        targets = np.full_like(ids, IGNORED)
+        targets = np.full_like(ids, IGNORE)
         targets[place] = ids[place]
-        yield Row(template.wrap(hidden), template.wrap(targets, IGNORED))
+        yield Row(template.wrap(hidden), template.wrap(targets, IGNORE))
 
 
 class SentenceSample:

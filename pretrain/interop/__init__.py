@@ -1,8 +1,9 @@
 """Exact conversion between Loom models and the stock architectures of transformers that hold the same shape.
 
-`to_stock` and `from_stock` map a config and a state dict; `config_json` gives a config.json that transformers 5 and
-4.57 read alike. Each architecture is one file; `mapping.py` holds what they share. A shape is accepted when its config
-survives the way there and back, so nothing is lost in silence.
+`to_stock` and `from_stock` map a config and a state dict, `stock_config` and `from_stock_config` a config alone;
+`config_json` gives a config.json that transformers 5 and 4.57 read alike. Each architecture is one file; `mapping.py`
+holds what they share. A shape is accepted when its config survives the way there and back, so nothing is lost in
+silence.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .mapping import (
 )
 from .modernbert import LOCAL, MODERNBERT
 
-__all__ = ["HOMES", "NoStockHome", "config_json", "from_stock", "stock_config", "to_stock"]
+__all__ = ["HOMES", "NoStockHome", "config_json", "from_stock", "from_stock_config", "stock_config", "to_stock"]
 
 HOMES: dict[str, Home] = {home.name: home for home in (BERT, MODERNBERT, GPT2, LLAMA)}
 
@@ -67,19 +68,27 @@ def from_stock(stock: PreTrainedConfig, state: Mapping[str, Tensor]) -> tuple[Lo
 
     Raises ValueError that names an architecture or key that Loom has no switch for, or tensors missing or left over.
     """
-    home = HOMES.get(stock.model_type)
-    if home is None:
-        raise ValueError(f"model_type {stock.model_type!r} is not one that Loom holds: {', '.join(HOMES)}")
+    home = _home_of(stock)
     task = _task(state, head=home.prefix, classifier=(home.classifier,))
+    config = from_stock_config(stock, task)
+    copies = home.duplicates if getattr(stock, "tie_word_embeddings", True) else {}
+    rules = home.rules(config, task, "" if task == "base" else home.prefix)
+    return config, convert_from_stock(rules, without_copies(state, copies))
+
+
+def from_stock_config(stock: PreTrainedConfig, task: Task = "pretraining") -> LoomConfig:
+    """The Loom config of a stock config; the inverse of `stock_config`.
+
+    Raises ValueError that names an architecture or key that Loom has no switch for.
+    """
+    home = _home_of(stock)
     config = home.from_config(stock)
     for key, value in getattr(stock, EXTRA_KEY, {}).items():
         setattr(config, key, value)
     _copy_common(stock, config)
     config.architectures = [model_class(config, task).__name__]
     _refuse_differences(home, stock, home.to_config(config))
-    copies = home.duplicates if getattr(stock, "tie_word_embeddings", True) else {}
-    rules = home.rules(config, task, "" if task == "base" else home.prefix)
-    return config, convert_from_stock(rules, without_copies(state, copies))
+    return config
 
 
 def config_json(stock: PreTrainedConfig) -> dict[str, Any]:
@@ -100,6 +109,13 @@ def config_json(stock: PreTrainedConfig) -> dict[str, Any]:
         if rope.get("rope_type", "default") != "default":
             entries["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return entries
+
+
+def _home_of(stock: PreTrainedConfig) -> Home:
+    home = HOMES.get(stock.model_type)
+    if home is None:
+        raise ValueError(f"model_type {stock.model_type!r} is not one that Loom holds: {', '.join(HOMES)}")
+    return home
 
 
 def _task(state: Mapping[str, Tensor], head: str, classifier: tuple[str, ...]) -> Task:

@@ -125,4 +125,5 @@ BERT = Home(
     },
     unread=("use_cache",),
     normal=_normal,
+    spare=(r"^bert\.pooler\.", r"^cls\.seq_relationship\."),  # the next-sentence objective's
 )

@@ -110,4 +110,5 @@ GPT2 = Home(
         "summary_first_dropout",
     ),
     normal=_normal,
+    spare=(r"\.attn\.(masked_)?bias$",),  # causal masks, stored as buffers by early releases
 )

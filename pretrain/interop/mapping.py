@@ -89,6 +89,7 @@ class Home:
     duplicates: Mapping[str, str]  # stock tensors that tying makes copies: copy -> source
     unread: tuple[str, ...] = ()  # stock fields that do not change what we map
     normal: Callable[[dict[str, Any]], dict[str, Any]] = dict  # brings equal stock configs to one form
+    spare: tuple[str, ...] = ()  # patterns of tensors in released checkpoints that no language model computes with
 
 
 def own_fields(config: PreTrainedConfig) -> dict[str, Any]:

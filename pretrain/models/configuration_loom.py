@@ -330,17 +330,19 @@ def config_keys(architecture: str) -> list[str]:
 def loom_config(architecture: str, **keys: Any) -> LoomConfig:
     """Build the config of a known design, with the given keys in place of its published base model's.
 
-    Token ids that are left out are those of the project's own tokenizers for this design; ids of roles that belong to
-    the tokenizer alone (`TOKENIZER_ONLY_IDS`) may be among the keys, so that all of a tokenizer's ids can be passed.
+    Without any token id among the keys, the ids are those of the project's own tokenizers for this design. With one,
+    the keys speak for a tokenizer, and a role that is left out is a role it does not have: None. Ids of roles that
+    belong to the tokenizer alone (`TOKENIZER_ONLY_IDS`) may be among the keys, so that all of its ids can be passed.
     Raises ValueError for an unknown architecture or key (naming the nearest known one) and for impossible values.
     """
     design = _design(architecture)
     known = config_keys(architecture)
+    token_ids = {} if any(key.endswith("_token_id") for key in keys) else design.token_ids
     keys = {key: value for key, value in keys.items() if key in known or key not in TOKENIZER_ONLY_IDS}
     for key in keys:
         if key not in known:
             raise ValueError(f"unknown model key {key!r} for architecture {architecture}{_nearest(key, known)}")
-    return CONFIG_CLASSES[design.kind](architecture=architecture, **(design.token_ids | keys))
+    return CONFIG_CLASSES[design.kind](architecture=architecture, **(token_ids | keys))
 
 
 def num_multiplied_parameters(config: LoomConfig, target_fraction: float = 1.0) -> float:

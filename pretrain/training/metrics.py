@@ -52,7 +52,8 @@ class JsonLines:
     def __init__(self, path: Path, *, first_step: int) -> None:
         self.path = path
         if path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
+            lines = path.read_text(encoding="utf-8").splitlines() if first_step else []
+            kept = [line for line in lines if _step_of(line) <= first_step]
             replace_file(path, "".join(f"{line}\n" for line in kept).encode())
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")

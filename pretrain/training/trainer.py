@@ -94,16 +94,19 @@ Evaluator = Callable[[nn.Module, EvaluationContext], Mapping[str, float]]
 
 @dataclass
 class Progress:
-    """Where a run stands; a checkpoint holds it."""
+    """Where a run stands; a checkpoint holds it. `tokens` counts positions, `text_tokens` leaves out padding."""
 
     run_id: str
     total_steps: int
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    text_tokens: int = 0
     seconds: float = 0.0
+    micro_batch: int = 0
     best: dict[str, float] | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    scored_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ class Trainer:
         directory: where checkpoints and metrics go.
         evaluators: by name; the first one's `loss` decides what is best.
         flops_per_token: model FLOPs of a token, forward and backward, for MFU.
+        inputs: digests of what is trained on; every checkpoint holds them.
         console: where progress is shown.
     """
 
@@ -170,6 +174,7 @@ class Trainer:
         directory: Path | None = None,
         evaluators: Mapping[str, Evaluator] | None = None,
         flops_per_token: float | None = None,
+        inputs: Mapping[str, str] | None = None,
         console: Console | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
@@ -180,6 +185,7 @@ class Trainer:
         self.data = data
         self.store = store
         self.flops_per_token = flops_per_token
+        self.inputs = dict(inputs or {})
         self.accelerator = accelerator or make_accelerator(config.train)
         self.device: torch.device = self.accelerator.device
         if config.train.compile:
@@ -202,7 +208,8 @@ class Trainer:
         set_seed(self.config.train.seed)
         progress = self._resume() if resume else None
         if progress is None:
-            progress = Progress(run_id=uuid.uuid4().hex[:12], total_steps=self._total_steps())
+            steps = self._total_steps()
+            progress = Progress(run_id=uuid.uuid4().hex[:12], total_steps=steps, micro_batch=self.micro_batch)
         if progress.step >= progress.total_steps:
             return Result(progress, checkpoint.checkpoint_path(self.directory, progress.step))
         evaluate_every = max(1, amount_in_steps(self.config.evaluate.every, progress.total_steps))
@@ -231,19 +238,20 @@ class Trainer:
         self._set_learning_rate(scale)
         loss, norm = self._forward_backward(micro_batches)
         finite = math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None)
-        if finite:
+        if finite or self.accelerator.scaler is not None:  # a scaler skips the update itself, and must see each step
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if not finite:
-            self._report_nonfinite(progress.step, loss, norm, micro_batches)
         seconds = time.perf_counter() - started + waited
         progress.seconds += seconds
         progress.step += 1
         progress.samples += self.config.rows_per_batch
         progress.tokens += self.config.train.batch_tokens
-        if progress.step % self.config.log.every == 0 or progress.step == progress.total_steps:
-            num_tokens = sum(batch.num_tokens for batch in micro_batches)
+        num_tokens = sum(batch.num_tokens for batch in micro_batches)
+        progress.text_tokens += num_tokens
+        if not finite or progress.step % self.config.log.every == 0 or progress.step == progress.total_steps:
             metrics.write(progress.step, self._numbers(progress, loss, norm, scale, seconds, waited, num_tokens))
+        if not finite:
+            self._report_nonfinite(progress.step, loss, norm, micro_batches)
 
     def _forward_backward(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
         """Gradients of the global batch, clipped. Returns its loss and the norm of the gradient before clipping."""
@@ -262,7 +270,9 @@ class Trainer:
         rows = ", ".join(str(row) for batch in micro_batches for row in batch.row_ids.tolist())
         message = f"step {step}: loss {loss}, gradient norm {norm}; the update was not made; rows {rows}"
         if self.config.train.on_nonfinite == "stop":
-            raise NonFiniteError(f"{message}; lower optimizer.lr, or set train.on_nonfinite: skip")
+            raise NonFiniteError(
+                f"{message}; set train.on_nonfinite=skip to go on, or start another run with a lower lr"
+            )
         self.console.print(message)
 
     def _numbers(
@@ -321,6 +331,9 @@ class Trainer:
         if self.device.type != "cuda":
             return min(rows, max(1, _CPU_MICRO_BATCH_TOKENS // self.config.data.sequence_length))
         micro_batch = rows
+        # The optimizer's state is not there yet: hold its place (two values a parameter) while trying.
+        state = sum(parameter.numel() for parameter in self.unwrapped.parameters() if parameter.requires_grad)
+        place = torch.empty(2 * state, dtype=torch.float32, device=self.device)
         while True:
             try:
                 batch = self.data.batch(0, slice(0, micro_batch))
@@ -331,6 +344,7 @@ class Trainer:
                     raise
                 micro_batch = (micro_batch + 1) // 2
             else:
+                del place
                 return micro_batch
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -394,13 +408,15 @@ class Trainer:
                 for score, value in evaluator(self.model, context).items():
                     progress.scores[f"{name}/{score}"] = float(value)
         checkpoint.restore_rng(rng)
+        progress.scored_at = progress.step
         if progress.scores:
             metrics.write(progress.step, progress.scores)
 
     def _save(self, progress: Progress) -> None:
         """Write a checkpoint, move the pointers, then remove what is no longer kept."""
         first = next(iter(self.evaluators), None)
-        loss = progress.scores.get(f"{first}/loss") if first else None
+        fresh = progress.scored_at == progress.step
+        loss = progress.scores.get(f"{first}/loss") if first and fresh else None
         is_best = loss is not None and (progress.best is None or loss < progress.best["loss"])
         if is_best:
             assert loss is not None
@@ -412,6 +428,7 @@ class Trainer:
             write_model=lambda directory: self.store.write(self.unwrapped, directory),
             model=self.unwrapped,
             optimizer=self.bare_optimizer,
+            inputs=self.inputs,
             state={
                 "progress": progress.__dict__,
                 "data": self.data.state(progress.samples),
@@ -442,6 +459,8 @@ class Trainer:
         if self.accelerator.scaler and loaded.state["scaler"]:
             self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
         progress = Progress(**loaded.state["progress"])
+        if self.config.train.micro_batch == "auto":
+            self.micro_batch = progress.micro_batch
         self.console.print(
             f"going on from step {progress.step:,} of {progress.total_steps:,} ({found})", highlight=False
         )

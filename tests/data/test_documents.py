@@ -21,6 +21,7 @@ from pretrain.data.documents import (
     SourceFile,
     byte_ranges,
     corpus_digest,
+    input_digest,
     read_documents,
     resolve_sources,
     stdlib_corpus,
@@ -228,6 +229,80 @@ def test_hub_datasets_are_read_by_row(monkeypatch):
     split = byte_ranges(file, 10_000)
     assert len(split) > 2
     assert [d for byte_range in split for d in read_documents(file, byte_range=byte_range)] == whole
+
+
+def test_a_hub_name_of_two_parts_may_be_a_name_and_a_configuration(monkeypatch):
+    import datasets
+
+    def load_dataset(name, config, split):
+        if "/" in name:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+        return datasets.Dataset.from_dict({"text": [f"{name} {config} {split}"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (file,) = resolve_sources(["hub:wikitext/wikitext-2-raw-v1:test"])
+    assert [document.text for document in read_documents(file)] == ["wikitext wikitext-2-raw-v1 test"]
+
+
+@pytest.mark.parametrize("max_bytes", [None, 100])
+def test_a_hub_dataset_that_cannot_be_had_names_the_key_and_the_remedy(monkeypatch, max_bytes):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (file,) = resolve_sources(["hub:nobody/nothing-of-this-name"])
+    with pytest.raises(ValueError, match=r"data\.train .*`hub:nobody/nothing-of-this-name` cannot be loaded .*OFFLINE"):
+        list(read_documents(file, max_bytes=max_bytes))
+
+
+def test_a_trial_streams_a_hub_dataset(monkeypatch):
+    import datasets
+
+    taken = []
+
+    def rows():
+        for number in range(10**9):
+            taken.append(number)
+            yield {"text": None if number == 1 else f"row {number}"}
+
+    def load_dataset(name, config, split, streaming):
+        assert streaming
+        return rows()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (file,) = resolve_sources(["hub:org/name"])
+    report = ReadReport()
+    read = list(read_documents(file, max_bytes=14, report=report))
+    assert [(document.text, document.position) for document in read] == [("row 0", 0), ("row 2", 2), ("row 3", 3)]
+    assert (len(taken), report.bad) == (4, 1)
+    assert input_digest(file, 14) == input_digest(file, 14)
+    with pytest.raises(ValueError, match="has no field `body`; the fields are: text"):
+        list(read_documents(file, max_bytes=14, text_field="body"))
+
+
+@pytest.mark.parametrize("most", range(1, 14))
+def test_the_first_bytes_of_text_end_at_a_character(tmp_path, most):
+    text = "aé宋😀b\nzz"
+    file = source(tmp_path / "a.txt", text.encode())
+    report = ReadReport()
+    read = "".join(document.text for document in read_documents(file, max_bytes=most, report=report))
+    assert text.startswith(read)
+    assert most - 4 <= len(read.encode()) <= most
+    assert report.bad == 0
+
+
+def test_the_first_bytes_of_a_table_end_at_a_row(tmp_path):
+    rows = b'id,text\n1,"one\nof two\nlines"\n2,two\n'
+    for most in (9, 12, 20):
+        report = ReadReport()
+        read = list(read_documents(source(tmp_path / "a.csv", rows), max_bytes=most, report=report))
+        assert [document.text for document in read] == ["one\nof two\nlines"]
+        assert report.bad == 0
+    (document,) = read_documents(source(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b"}\n'), max_bytes=3)
+    assert document.text == "a"
+
+
+def test_the_first_bytes_of_a_parquet_file(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["row"] * 5000}), tmp_path / "a.parquet")
+    (file,) = resolve_sources([str(tmp_path / "a.parquet")])
+    assert len(list(read_documents(file, max_bytes=3001))) == 1001
 
 
 def test_sources_are_found_in_a_stable_order(tmp_path, monkeypatch):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import islice, pairwise
+import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from data_builders import run_config, write_tokenizer
 
 from pretrain.config import ObjectiveConfig
-from pretrain.data.loader import DataPlane, ValidationData
+from pretrain.data.loader import VALIDATION_BATCH_TOKENS, DataPlane, ValidationData
 from pretrain.files import ArtifactError, read_manifest
 from pretrain.prepare import prepare_data
 
@@ -80,21 +81,24 @@ def test_masks_change_with_the_epoch_and_the_seed(runs):
     assert data.batch(0).row_ids.tolist() != other.batch(0).row_ids.tolist()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_come_in_order_from_any_step(runs, workers):
-    data = plane(runs["gpt2"], CAUSAL)
-    made = list(data.batches(4, 11, workers=workers, ahead=3))
-    assert len(made) == 7
-    for step, batch in enumerate(made, start=4):
-        assert np.array_equal(batch.arrays["input_ids"], data.batch(step).arrays["input_ids"])
-    assert len(list(islice(data.batches(workers=workers), 3))) == 3
-
-
-def test_an_error_in_the_background_reaches_the_caller(runs, monkeypatch):
-    data = plane(runs["gpt2"], CAUSAL)
-    monkeypatch.setattr(data, "_objective", lambda *arguments: {})
-    with pytest.raises(ValueError, match=r"objective\.kind: causal returned"):
-        next(data.batches())
+def test_targets_that_the_model_does_not_take_are_refused(runs, tmp_path, monkeypatch):
+    """An own objective of the other kind, or one that returns nothing, is told apart from a fault of the model."""
+    (tmp_path / "kinds.py").write_text(
+        "def next_token(rows, draws, tokens):\n"
+        "    return {'input_ids': rows.input_ids, 'shift_labels': rows.next_ids.astype('int32')}\n"
+        "def nothing(rows, draws, tokens):\n"
+        "    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    own, nothing = (ObjectiveConfig(kind=f"kinds:{name}") for name in ("next_token", "nothing"))
+    batch = plane(runs["gpt2"], own, layout="decoder").batch(0)
+    assert batch.arrays["shift_labels"].dtype == np.int64
+    assert batch.num_targets == plane(runs["gpt2"], CAUSAL).batch(0).num_targets
+    with pytest.raises(ValueError, match="needed are input_ids and labels for an encoder"):
+        plane(runs["bert"], own, layout="encoder").batch(0)
+    with pytest.raises(ValueError, match="kinds:nothing returned a NoneType; return a dict"):
+        plane(runs["gpt2"], nothing).batch(0)
 
 
 def test_the_first_batch_far_out_needs_no_walk(runs):
@@ -121,7 +125,7 @@ def test_a_state_of_other_data_is_refused_with_the_difference(runs):
 
 def test_validation_rows_come_once_with_masks_of_their_own(runs):
     config = runs["bert"]
-    keys = {"objective": MLM, "sequence_length": 16, "rows_per_batch": 8}
+    keys = {"objective": MLM, "sequence_length": 16, "batch_tokens": 8 * 16}
     data = ValidationData.from_directory(config.directory / "data", **keys)
     batches = list(data.batches())
     ids = np.concatenate([batch.row_ids for batch in batches])
@@ -130,13 +134,23 @@ def test_validation_rows_come_once_with_masks_of_their_own(runs):
     assert data.batches().num_bytes == facts["bytes"]
     payload = facts["tokens"]
     assert abs(sum(batch.num_targets for batch in batches) / payload - 0.15) < 0.04
-    keys |= {"objective": ObjectiveConfig(kind="mlm", rate=0.8, random=1.0, keep=0.0), "rows_per_batch": 3}
+    keys |= {"objective": ObjectiveConfig(kind="mlm", rate=0.8, random=1.0, keep=0.0), "batch_tokens": 3 * 16 + 5}
     again = list(ValidationData.from_directory(config.directory / "data", **keys).batches())
     for name in ("input_ids", "labels"):
         assert np.array_equal(
             np.concatenate([batch.arrays[name] for batch in batches]),
             np.concatenate([batch.arrays[name] for batch in again]),
         )
+
+
+def test_validation_batches_have_a_size_of_their_own(runs):
+    """An optimizer step may be far larger than what one forward pass holds in memory."""
+    config = runs["gpt2"]
+    large = config.model_copy(update={"train": config.train.model_copy(update={"batch_tokens": 1 << 20})})
+    data = DataPlane.validation(large)
+    assert data.rows_per_batch * large.data.sequence_length == VALIDATION_BATCH_TOKENS == 8192
+    keys = {"objective": CAUSAL, "sequence_length": 16}
+    assert ValidationData.from_directory(config.directory / "data", **keys, batch_tokens=3).rows_per_batch == 1
 
 
 def test_validation_scores_every_token_and_can_be_cut_short(runs):

@@ -65,12 +65,50 @@ def test_an_objective_of_ones_own(monkeypatch):
     module.copy = lambda rows, draws, tokens: {"input_ids": rows.input_ids, "labels": rows.input_ids}
     monkeypatch.setitem(sys.modules, "my_objectives", module)
     assert make_objective(ObjectiveConfig(kind="my_objectives:copy")) is module.copy
-    with pytest.raises(ValueError, match="my_objectives:other cannot be imported"):
+    with pytest.raises(ValueError, match=r"objective\.kind: `my_objectives:other`: the module .* has no 'other'"):
         make_objective(ObjectiveConfig(kind="my_objectives:other"))
-    with pytest.raises(ValueError, match="needed are input_ids and one of labels, shift_labels"):
-        check_batch({"input_ids": np.zeros((2, 3))}, (2, 3), "my_objectives:copy")
-    with pytest.raises(ValueError, match=r"`labels` of shape \(2,\); rows are \(2, 3\)"):
-        check_batch({"input_ids": np.zeros((2, 3)), "labels": np.zeros(2)}, (2, 3), "my_objectives:copy")
+
+
+def test_an_objective_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    """The installed script's path does not hold the working directory."""
+    (tmp_path / "here.py").write_text("def fn(rows, draws, tokens):\n    return {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert make_objective(ObjectiveConfig(kind="here:fn")).__module__ == "here"
+
+
+def test_keys_of_mlm_beside_ones_own_objective_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"rate.* has no effect with .*mine:fn"):
+        make_objective(ObjectiveConfig(kind="mine:fn", rate=0.3))
+
+
+IDS = np.zeros((2, 3), dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (None, "returned a NoneType; return a dict"),
+        ([IDS], "returned a list; return a dict"),
+        ({"input_ids": IDS}, "needed are input_ids and one of labels, shift_labels"),
+        ({"input_ids": IDS, "labels": IDS, "shift_labels": IDS}, "needed are input_ids and one of"),
+        ({"input_ids": IDS, "labels": np.zeros(2)}, r"`labels` of shape \(2,\); rows are \(2, 3\)"),
+        ({"input_ids": IDS, "labels": np.zeros((2, 3))}, "`labels` as float64 of shape"),
+        ({"input_ids": IDS, "labels": [[0] * 3] * 2}, "`labels` as a list; return a numpy array"),
+        ({"input_ids": IDS + 50, "labels": IDS}, "`input_ids` from 50 to 50; ids are 0 to 49"),
+        ({"input_ids": IDS, "labels": IDS - 1}, "`labels` from -1 to -1; ids are 0 to 49, and -100"),
+    ],
+)
+def test_what_is_no_batch_is_refused(made, message):
+    with pytest.raises(ValueError, match=rf"objective\.kind: mine:fn .*{message}"):
+        check_batch(made, (2, 3), "mine:fn", 50)
+
+
+def test_a_batch_is_given_back_with_wide_ids():
+    made = check_batch({"input_ids": IDS.astype(np.uint16), "labels": IDS - 100}, (2, 3), "mine:fn", 50, "encoder")
+    assert {array.dtype for array in made.values()} == {np.dtype(np.int64)}
+    with pytest.raises(ValueError, match="needed are input_ids and shift_labels for a decoder"):
+        check_batch(made, (2, 3), "mine:fn", 50, "decoder")
 
 
 def test_masking_needs_a_mask_token():

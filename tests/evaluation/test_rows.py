@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import byte_tokenizer, word_tokenizer
 
+from pretrain.data.objectives import IGNORE
 from pretrain.evaluation.text import (
-    IGNORED,
     SentenceSample,
     TextTally,
     causal_rows,
@@ -32,7 +32,7 @@ def test_causal_rows_score_every_token_once_in_order(length: int, window: int, d
     for row in causal_rows(ids, 7, window, stride):
         assert 1 <= len(row.input_ids) <= window
         assert len(row.targets) == len(row.input_ids)
-        counted = np.flatnonzero(row.targets != IGNORED)
+        counted = np.flatnonzero(row.targets != IGNORE)
         for place in counted:  # the target is what comes next, and its context what came before, without a gap
             target = int(row.targets[place])
             before = 7 if target == 100 else target - 1

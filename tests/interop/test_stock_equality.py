@@ -15,6 +15,7 @@ from stock_builders import (
     as_loom,
     as_stock,
     kept_state,
+    load_exactly,
     loom_model,
     randomize,
     relative,
@@ -310,7 +311,6 @@ assert difference < 1e-5, difference
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 def test_transformers_4_57_reads_the_same_model(architecture: str, tmp_path) -> None:
     old = os.environ.get("PRETRAIN_TRANSFORMERS_457")
@@ -345,3 +345,25 @@ def assert_configs_equal(first, second) -> None:
         {key: value for key, value in config.to_dict().items() if key not in ignored} for config in (first, second)
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ids"),
+    [
+        ("bert", {"cls_token_id": 2, "sep_token_id": 3}),
+        ("modernbert", {"pad_token_id": 5, "cls_token_id": 2, "sep_token_id": 3}),
+        ("gpt2", {"bos_token_id": 9, "eos_token_id": 9}),
+        ("llama", {"bos_token_id": 1, "eos_token_id": 2}),
+    ],
+)
+def test_roles_without_a_token_stay_without_one(architecture: str, ids, tmp_path) -> None:
+    """A stock class would else take its default id, which here is an ordinary token, as padding or as the end."""
+    loom = loom_model(architecture, **ids)
+    config, state = to_stock(loom.config, kept_state(loom))
+    (tmp_path / "config.json").write_text(json.dumps(config_json(config)))
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+    roles = [f"{role}_token_id" for role in ("pad", "bos", "eos", "cls", "sep")]
+    assert {role: getattr(loaded, role, None) for role in roles} == dict.fromkeys(roles) | ids
+    stock = load_exactly(getattr(transformers, config.architectures[0])(loaded), state)
+    assert getattr(stock.get_input_embeddings(), "padding_idx", None) == ids.get("pad_token_id")
+    assert_configs_equal(from_stock(loaded, state)[0], loom.config)

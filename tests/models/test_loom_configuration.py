@@ -122,6 +122,17 @@ def test_every_id_of_a_tokenizer_may_be_passed() -> None:
     assert loom_config("llama", **ids).pad_token_id == 0
 
 
+def test_a_role_that_a_tokenizer_lacks_is_none_and_not_the_design_s_id() -> None:
+    llama = loom_config("llama", bos_token_id=1, eos_token_id=2)
+    assert (llama.bos_token_id, llama.eos_token_id, llama.pad_token_id) == (1, 2, None)
+    gpt2 = loom_config("gpt2", bos_token_id=50_256, eos_token_id=50_256, unk_token_id=50_256)
+    assert (gpt2.bos_token_id, gpt2.eos_token_id, gpt2.pad_token_id) == (50_256, 50_256, None)
+    assert loom_config("gpt2", unk_token_id=7).eos_token_id is None  # an id of the tokenizer alone speaks for it too
+    encoder = loom_config("modernbert", pad_token_id=0, cls_token_id=2, sep_token_id=3)
+    assert (encoder.bos_token_id, encoder.eos_token_id) == (None, None)
+    assert (loom_config("gpt2").eos_token_id, loom_config("gpt2").pad_token_id) == (0, 1)
+
+
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_every_switch_changes_the_model(architecture: str) -> None:
     """A key that does nothing has no place: each one moves outputs, parameters or initial values, or is named here."""

@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_is_never_learned(tmp_path: Path, policy: str)
         store=Store(),
     )
     if policy == "stop":
-        with pytest.raises(NonFiniteError, match=r"step 2: loss nan.*rows 16, 17"):
+        with pytest.raises(NonFiniteError, match=r"step 3: loss nan.*rows 16, 17"):
             made.train()
     else:
         assert made.train().finished

@@ -1,0 +1,34 @@
+"""Objects by import path: how a configuration names a person's own functions.
+
+What lives here: `my_module:my_function` to the object. What must not: torch, or what the object is for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+
+def import_path(path: str) -> Any:
+    """The object that `my_module:my_function` names; modules in the working directory are found.
+
+    Raises:
+        ValueError: when there is no such module or name.
+    """
+    module_name, _, name = path.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"`{path}`: no module {error.name!r}; is it in the working directory, or installed?"
+        ) from error
+    except ImportError as error:
+        raise ValueError(f"`{path}`: {error}; mend the imports of {module_name!r}") from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise ValueError(f"`{path}`: the module {module_name!r} has no {name!r}") from None
