@@ -52,6 +52,13 @@ def test_every_path_is_there(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_is_empty_or_half_filled(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(text) > 300
+    assert not re.search(r"\b[A-Z]+_(OUTPUT|TABLE|NOTE)\b|\bHASH\b", text)
+
+
 def test_scripts_of_the_two_commands_are_executable() -> None:
     for name in ("scripts/quickstart.sh", "scripts/test.sh", "scripts/gpu.sh", ".ci/run"):
         assert (ROOT / name).stat().st_mode & 0o111, name
