@@ -35,6 +35,7 @@ from pretrain.train import build_trainer, check, inputs_of, train
 from pretrain.training.trainer import steps_of
 
 _FOLDERS = {"evaluate": "report", "export": "export"}
+_ARTIFACTS = ("tokenizer/manifest.json", "data/manifest.json", "train/checkpoints")
 _DRY_RUN_BYTES = 4_000_000
 
 
@@ -54,7 +55,8 @@ def run(config: RunConfig, *, fresh: bool = False, console: Console | None = Non
     if fresh and directory.exists():
         console.print(f"archived the old run as {archive(directory)}", highlight=False)
     check(config)
-    refuse_changed(config, directory / "config.yaml")
+    if any((directory / place).exists() for place in _ARTIFACTS):  # a first try that made nothing binds nobody
+        refuse_changed(config, directory / "config.yaml")
     refuse_changed(config, directory / "train" / "config.yaml", until="train")
     _refuse_stale(config)
     directory.mkdir(parents=True, exist_ok=True)

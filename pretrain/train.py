@@ -206,6 +206,7 @@ def train(config: RunConfig, *, resume: str = "auto", console: Console | None = 
     if resume == "never" and checkpoint.list_checkpoints(directory):
         raise ValueError(f"--resume never, but `{directory}` holds checkpoints; give another name=, or --resume auto")
     check(config)
+    inputs_of(config)  # a run without tokenizer or data is refused before its directory is made
     with lock_directory(directory):
         if checkpoint.list_checkpoints(directory):
             refuse_changed(config, directory / "config.yaml", until="train")

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from pretrain import run as verb
-from pretrain.config import RunConfig, config_from_dict
+from pretrain.config import RunConfig, config_from_dict, config_to_dict
 from pretrain.runtime import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +156,25 @@ def test_the_train_verb_alone_refuses_a_changed_configuration(made: tuple[RunCon
     with pytest.raises(verb.ChangedConfigError, match=r"train.steps: 6 -> 9 \(touches train"):
         train(longer, console=recorded())
     assert digest(configuration.directory) == before
+
+
+def test_a_first_try_that_made_nothing_binds_nobody(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing-here.txt"):
+        verb.run(config(tmp_path / "nothing-here.txt", tmp_path), console=recorded())
+    assert verb.run(config(corpus, tmp_path, train={"steps": 2}), console=recorded()) == 0
+
+
+def test_training_goes_on_from_a_finished_model(corpus: Path, tmp_path: Path, made: tuple[RunConfig, str]) -> None:
+    """`model.from` takes weights and tokenizer; the loss at step 0 is the finished model's, not a new one's."""
+    first, _ = made
+    raw = json.loads(json.dumps(config_to_dict(config(corpus, tmp_path, train={"steps": 2}))))
+    raw |= {"name": "on", "model": {"from": str(first.directory / "export")}, "tokenizer": {}}
+    raw["evaluate"] = {"every": 2}
+    going_on = config_from_dict(raw)
+    assert verb.run(going_on, console=recorded()) == 0
+    lines = (going_on.directory / "train" / "metrics.jsonl").read_text().splitlines()
+    scores = json.loads((first.directory / "report" / "scores.json").read_text())
+    assert json.loads(lines[0])["validation/loss"] == pytest.approx(scores["validation"]["loss"], abs=1e-4)
 
 
 def test_one_process_at_a_time(made: tuple[RunConfig, str]) -> None:
