@@ -80,7 +80,10 @@ def _fits(config: RunConfig, model: LoomPreTrainedModel) -> None:
     Raises:
         ValueError: names the keys that do not fit each other.
     """
-    stock_config(model.config)  # every checkpoint is published in this form: refuse now what it cannot hold
+    # Every checkpoint is published in this form: refuse now what it cannot hold.
+    home = stock_config(model.config).model_type
+    if config.export.to not in ("auto", home):
+        raise ValueError(f"export.to: {config.export.to} does not hold this model, {home} does; use auto")
     wants = {"mlm": "encoder", "causal": "decoder"}.get(config.objective.kind, model.config.kind)
     if wants != model.config.kind:
         raise ValueError(

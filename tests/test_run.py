@@ -177,6 +177,16 @@ def test_training_goes_on_from_a_finished_model(corpus: Path, tmp_path: Path, ma
     assert json.loads(lines[0])["validation/loss"] == pytest.approx(scores["validation"]["loss"], abs=1e-4)
 
 
+def test_the_exports_home_must_fit_a_model_from_elsewhere(
+    corpus: Path, tmp_path: Path, made: tuple[RunConfig, str]
+) -> None:
+    raw = json.loads(json.dumps(config_to_dict(config(corpus, tmp_path, train={"steps": 2}))))
+    raw |= {"name": "on", "model": {"from": str(made[0].directory / "export")}, "tokenizer": {}}
+    raw["export"]["to"] = "llama"
+    with pytest.raises(ValueError, match=r"export.to: llama does not hold this model, gpt2 does"):
+        verb.run(config_from_dict(raw), console=recorded())
+
+
 def test_one_process_at_a_time(made: tuple[RunConfig, str]) -> None:
     from pretrain.files import ArtifactError, lock_directory
     from pretrain.train import train

@@ -75,7 +75,6 @@ __all__ = [
 ]
 
 KIND = "checkpoint"
-POINTERS = ("latest", "best")
 _FORMAT_VERSION = 1
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _MOVED_ASIDE = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}old-(step-\d{{8,}})-[0-9a-f]+")
