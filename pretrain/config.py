@@ -19,77 +19,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
 
+from pretrain.config_data import DataConfig, ValidationSplit
 from pretrain.config_text import ConfigError, describe_errors, dump_yaml, parse_yaml
+from pretrain.config_types import Amount, Beta, ImportPath, Interval, Positive, Section, Share, check_import_path
 
 ENCODERS = ("bert", "modernbert")
 DECODERS = ("gpt2", "llama")
 BUDGETS = ("tokens", "steps", "epochs", "minutes", "hours")
 
 
-def _check_amount(value: object) -> str | int:
-    """Accept `2%` of the run or a whole number of steps."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value) if isinstance(value, str) else None
-    if match is None or float(match[1]) > 100:
-        raise ValueError("give a share of the run such as 2%, or a whole number of steps")
-    return f"{match[1]}%"
-
-
-def _check_import_path(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        raise ValueError("give an import path such as my_module:my_function")
-    return value
-
-
-def _check_interval(value: str | int) -> str | int:
-    if value == 0 or (isinstance(value, str) and float(value.rstrip("%")) == 0):
-        raise ValueError("give at least 1 step; a number above the run's steps means only at its end")
-    return value
-
-
-Amount = Annotated[
-    str | int,
-    AfterValidator(_check_amount),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}]}),
-]
-Interval = Annotated[Amount, AfterValidator(_check_interval)]
-ImportPath = Annotated[str, AfterValidator(_check_import_path)]
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-def amount_in_steps(amount: str | int, total_steps: int) -> int:
-    """Turn `2%` or a number of steps into steps, of a run of `total_steps` steps (rounded to the nearest)."""
-    if isinstance(amount, int):
-        return amount
-    return round(float(amount.rstrip("%")) / 100 * total_steps)
-
-
-class Section(BaseModel):
-    """Base of every section: strict, frozen, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
-
-
 class TokenizerConfig(Section):
     """How the vocabulary is made, or where an existing one lies."""
 
     from_: str | None = Field(None, alias="from", description="existing tokenizer: a Hub name or a directory")
-    algorithm: Literal["byte-bpe", "bpe", "wordpiece", "unigram", "bytes"] = "byte-bpe"
+    algorithm: Literal["byte-bpe", "bpe", "wordpiece", "unigram", "bytes", "ids"] = Field(
+        "byte-bpe", description="ids: the text is token ids in decimal, or the data has ready ids; nothing is trained"
+    )
     vocab_size: Positive = Field(32_768, description="ids in all, special tokens and padding included")
     pad_to_multiple: Positive = Field(64, description="the vocabulary is padded up to a multiple of this")
     lowercase: StrictBool = Field(False, description="uncased: lower case before splitting")
@@ -107,60 +54,6 @@ class TokenizerConfig(Section):
         if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_"})):
             raise ValueError(f"`from` takes a tokenizer as it is, so `{given[0]}` has no effect; remove one of them")
         return self
-
-
-class Source(Section):
-    """A named part of the data: files, globs, directories, hub:NAME, or the embedded corpus."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    files: tuple[str, ...] = Field(min_length=1)
-
-
-class DocumentStart(Section):
-    """A line that matches `start` opens a new document."""
-
-    start: str
-
-    @model_validator(mode="after")
-    def _compiles(self) -> Self:
-        try:
-            re.compile(self.start)
-        except re.error as error:
-            raise ValueError(f"`{self.start}` is not a regular expression: {error}") from error
-        return self
-
-
-class ValidationSplit(Section):
-    """Validation documents taken out of the training sources; exactly one of the two."""
-
-    fraction: OpenShare | None = Field(None, description="share of documents, by a keyed hash of the text")
-    tail: OpenShare | None = Field(None, description="the last share of each file")
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.fraction is None) == (self.tail is None):
-            raise ValueError("give exactly one of fraction and tail")
-        return self
-
-
-class DataConfig(Section):
-    """The text and how it becomes rows of tokens."""
-
-    train: tuple[str | Source, ...] = Field(
-        min_length=1,
-        description="files, globs, directories, hub:NAME[/CONFIG], or python-stdlib (the embedded corpus)",
-    )
-    document: Literal["auto", "row", "file", "line", "paragraph"] | DocumentStart = "auto"
-    text_field: str = "text"
-    validation: ValidationSplit | tuple[str | Source, ...] = Field(
-        default_factory=lambda: ValidationSplit(fraction=0.02), validate_default=True
-    )
-    sequence_length: Annotated[int, Field(ge=8)] = 1024
-    max_documents_per_row: Positive = 64
-    part_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
-        64_000_000, description="input bytes a part, the unit of work and of restart; fixed by the manifest"
-    )
-    workers: Positive | Literal["auto"] = "auto"
 
 
 class ModelConfig(Section):
@@ -213,7 +106,7 @@ class ObjectiveConfig(Section):
         if self.kind not in ("mlm", "causal") and ":" not in self.kind:
             raise ValueError(f"`kind: {self.kind}` is unknown; use mlm, causal or my_module:my_function")
         if ":" in self.kind:
-            _check_import_path(self.kind)
+            check_import_path(self.kind)
         if self.kind == "causal" and (given := sorted(self.model_fields_set - {"kind"})):
             raise ValueError(f"`{given[0]}` belongs to mlm and has no effect with `kind: causal`; remove it")
         if self.random + self.keep > 1.0:
@@ -282,6 +175,11 @@ class TrainConfig(Section):
     compile: StrictBool = False
     gradient_checkpointing: StrictBool = False
     on_nonfinite: Literal["skip", "stop"] = Field("stop", description="what a NaN or infinite loss or gradient does")
+    spike_sigma: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="a loss or gradient norm this many standard deviations above the window's mean is a spike"
+    )
+    spike_window: Annotated[int, Field(ge=8)] = Field(128, description="steps that a spike is measured against")
+    on_spike: Literal["skip", "stop", "log"] = "skip"
     stop_signals: tuple[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"], ...] = ("SIGTERM", "SIGINT")
 
     @model_validator(mode="after")
@@ -298,6 +196,9 @@ class CheckpointConfig(Section):
 
     every: Interval = "10%"
     keep: Positive = 2
+    on_error: Literal["keep-going", "stop"] = Field(
+        "keep-going", description="when a checkpoint cannot be written (disk full, say); the last one must be"
+    )
 
 
 class EvaluateConfig(Section):

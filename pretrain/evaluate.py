@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pretrain.config import DocumentStart, RunConfig
+from pretrain.config import RunConfig
+from pretrain.config_data import DocumentStart
 from pretrain.data.documents import SourceFile, read_documents, resolve_sources
 from pretrain.data.loader import Batch, DataPlane, ValidationPass
 from pretrain.evaluation.likelihood import evaluate_batches, perplexity, score_causal, score_masked

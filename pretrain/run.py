@@ -32,7 +32,7 @@ from pretrain.prepare import is_prepared, prepare_data
 from pretrain.runtime import describe_machine, peak_memory_bytes
 from pretrain.tokenizer import is_trained, train_tokenizer
 from pretrain.train import build_trainer, check, inputs_of, train
-from pretrain.training.trainer import steps_of
+from pretrain.training.progress import steps_of
 
 _FOLDERS = {"evaluate": "report", "export": "export"}
 _ARTIFACTS = ("tokenizer/manifest.json", "data/manifest.json", "train/checkpoints")

@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from pretrain.config import DocumentStart, RunConfig, Source, TokenizerConfig, ValidationSplit
+from pretrain.config import RunConfig, TokenizerConfig
+from pretrain.config_data import DocumentStart, Source, ValidationSplit
 from pretrain.data.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
 from pretrain.data.shards import TRAIN
 from pretrain.data.sources import SourceFile, digest_of_files, first_files, hash_files

@@ -26,7 +26,8 @@ from pretrain.plugins import import_path
 from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, make_accelerator, resolve_precision, set_seed
 from pretrain.training import checkpoint
 from pretrain.training.optim import build_optimizer as _build_optimizer
-from pretrain.training.trainer import EvaluationContext, Evaluator, Result, Trainer
+from pretrain.training.progress import Result
+from pretrain.training.trainer import EvaluationContext, Evaluator, Trainer
 
 
 def check(config: RunConfig) -> None:

@@ -16,7 +16,6 @@ from pretrain.config import (
     ENCODERS,
     ModelConfig,
     RunConfig,
-    amount_in_steps,
     difference,
     dump_config,
     find_config,
@@ -25,6 +24,7 @@ from pretrain.config import (
     shipped_directory,
 )
 from pretrain.config_text import ConfigError, dump_yaml, parse_yaml
+from pretrain.config_types import amount_in_steps
 
 TEXT = """
 name: small

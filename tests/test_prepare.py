@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from data_builders import run_config, write_tokenizer
 
 from pretrain import prepare
+from pretrain.data import pipeline
 from pretrain.data.loader import DataPlane
 from pretrain.data.parts import input_files
 from pretrain.data.shards import ShardFacts, TokenStore
@@ -98,7 +99,7 @@ def test_workers_and_restarts_do_not_change_a_byte(corpus, small_parts, monkeypa
     assert files_of(one) == files_of(two)
 
     written = []
-    whole = prepare.replace_file
+    whole = pipeline.replace_file
 
     def fails_at_the_fourth(path, data):
         if path.parent.name == "parts":
@@ -107,10 +108,10 @@ def test_workers_and_restarts_do_not_change_a_byte(corpus, small_parts, monkeypa
                 raise OSError("no space left on device")
         whole(path, data)
 
-    monkeypatch.setattr(prepare, "replace_file", fails_at_the_fourth)
+    monkeypatch.setattr(pipeline, "replace_file", fails_at_the_fourth)
     with pytest.raises(OSError, match="no space"):
         prepared(corpus, "stopped", workers=1, **sources)
-    monkeypatch.setattr(prepare, "replace_file", whole)
+    monkeypatch.setattr(pipeline, "replace_file", whole)
     work = corpus / "runs" / "stopped" / "data.unfinished"
     finished = {path.name: path.stat().st_mtime_ns for path in (work / "parts").iterdir()}
     assert len(finished) == 3

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from pretrain.config import DocumentStart
+from pretrain.config_data import DocumentStart
 from pretrain.data.lines import ByteRange, Document, LineReader, ReadReport
 from pretrain.data.sources import (
     SourceFile,

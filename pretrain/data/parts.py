@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pretrain.config import DataConfig, DocumentStart, Source, ValidationSplit
+from pretrain.config_data import DataConfig, DocumentStart, Source, ValidationSplit
 from pretrain.data.documents import byte_ranges, document_mode, input_digest, units
 from pretrain.data.shards import TRAIN, VALIDATION
 from pretrain.data.sources import SourceFile, Told, digest_of_files, first_files, refuse_repeated, resolve_sources

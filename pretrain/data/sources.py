@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import Source
+from pretrain.config_data import Source
 from pretrain.files import sha256_file
 
 STDLIB = "python-stdlib"

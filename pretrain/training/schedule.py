@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from pretrain.config import ScheduleConfig, amount_in_steps
+from pretrain.config import ScheduleConfig
+from pretrain.config_types import amount_in_steps
 
 
 def learning_rate_scale(step: int, total_steps: int, config: ScheduleConfig) -> float:

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,12 +26,15 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from pretrain.config import RunConfig, amount_in_steps, config_to_dict
+from pretrain.config import RunConfig, config_to_dict
+from pretrain.config_types import amount_in_steps
 from pretrain.files import replace_file
 from pretrain.runtime import StopSignals, make_accelerator, peak_memory_bytes, set_seed
 from pretrain.training import checkpoint
 from pretrain.training.flops import peak_flops
 from pretrain.training.metrics import Metrics, open_metrics
+from pretrain.training.progress import Progress, Result, budget_minutes, steps_of
+from pretrain.training.saving import ModelStore, Saver
 from pretrain.training.schedule import learning_rate_scale
 
 _CPU_MICRO_BATCH_TOKENS = 4096
@@ -68,16 +71,6 @@ class Data(Protocol):
         """Raise ValueError with the difference when `state` was made by other data."""
 
 
-class ModelStore(Protocol):
-    """Writes and reads the model in its published form."""
-
-    def write(self, model: Any, directory: Path) -> dict[str, str]:
-        """Write the model directory; return its files' SHA-256."""
-
-    def read(self, model: Any, directory: Path) -> None:
-        """Load the weights of a model directory into `model`, bit for bit."""
-
-
 @dataclass(frozen=True)
 class EvaluationContext:
     """What an evaluator may want to know."""
@@ -92,60 +85,6 @@ Evaluator = Callable[[nn.Module, EvaluationContext], Mapping[str, float]]
 """`evaluator(model, context)` gives scores by name; the model is in eval mode and under no_grad."""
 
 
-@dataclass
-class Progress:
-    """Where a run stands; a checkpoint holds it. `tokens` counts positions, `text_tokens` leaves out padding."""
-
-    run_id: str
-    total_steps: int
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    text_tokens: int = 0
-    seconds: float = 0.0
-    micro_batch: int = 0
-    best: dict[str, float] | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-    scored_at: int | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a call of `Trainer.train` ended."""
-
-    progress: Progress
-    checkpoint: Path
-    stopped_by: str | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether the whole budget was trained."""
-        return self.progress.step >= self.progress.total_steps
-
-
-def steps_of(config: RunConfig, num_rows: int, seconds_per_step: float | None) -> int:
-    """Optimizer steps of the whole budget, at least 1.
-
-    Args:
-        config: the run configuration.
-        num_rows: rows an epoch, for a budget in epochs.
-        seconds_per_step: for a budget in minutes or hours.
-    """
-    train = config.train
-    if train.steps is not None:
-        return train.steps
-    if train.tokens is not None:
-        return math.ceil(train.tokens / train.batch_tokens)
-    if train.epochs is not None:
-        return max(1, math.ceil(train.epochs * num_rows / config.rows_per_batch))
-    assert seconds_per_step is not None
-    return max(1, round(60.0 * _minutes(config) / seconds_per_step))
-
-
-def _minutes(config: RunConfig) -> float:
-    return config.train.minutes or 60.0 * (config.train.hours or 0.0)
-
-
 class Trainer:
     """Trains a model from where its run directory stands to the end of the budget.
 
@@ -157,7 +96,8 @@ class Trainer:
         optimizer: its groups hold `initial_lr`, which the schedule scales.
         store: writes and reads the model.
         directory: where checkpoints and metrics go.
-        evaluators: by name; the first one's `loss` decides what is best.
+        evaluators: by name.
+        judges: names of the evaluators whose mean `loss` decides what is best; the first one when left out.
         flops_per_token: model FLOPs of a token, forward and backward, for MFU.
         inputs: digests of what is trained on; every checkpoint holds them.
         console: where progress is shown.
@@ -173,6 +113,7 @@ class Trainer:
         store: ModelStore,
         directory: Path | None = None,
         evaluators: Mapping[str, Evaluator] | None = None,
+        judges: Sequence[str] | None = None,
         flops_per_token: float | None = None,
         inputs: Mapping[str, str] | None = None,
         console: Console | None = None,
@@ -182,16 +123,18 @@ class Trainer:
         self.directory = directory or config.directory / "train"
         self.console = console or Console(stderr=True)
         self.evaluators = dict(evaluators or {})
+        self.judges = list(judges) if judges is not None else list(self.evaluators)[:1]
         self.data = data
-        self.store = store
         self.flops_per_token = flops_per_token
-        self.inputs = dict(inputs or {})
         self.accelerator = accelerator or make_accelerator(config.train)
         self.device: torch.device = self.accelerator.device
         if config.train.compile:
             model.compile()
         self.unwrapped = model
         self.bare_optimizer = optimizer
+        self.saver = Saver(
+            config, self.directory, model, optimizer, data, store, self.accelerator, self.console, dict(inputs or {})
+        )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
         self.micro_batch = self._choose_micro_batch()
@@ -206,10 +149,12 @@ class Trainer:
             NonFiniteError: when the loss or the gradient is not finite and the policy is stop.
         """
         set_seed(self.config.train.seed)
-        progress = self._resume() if resume else None
+        progress = self.saver.resume() if resume else None
         if progress is None:
             steps = self._total_steps()
             progress = Progress(run_id=uuid.uuid4().hex[:12], total_steps=steps, micro_batch=self.micro_batch)
+        elif self.config.train.micro_batch == "auto":
+            self.micro_batch = progress.micro_batch
         if progress.step >= progress.total_steps:
             return Result(progress, checkpoint.checkpoint_path(self.directory, progress.step))
         evaluate_every = max(1, amount_in_steps(self.config.evaluate.every, progress.total_steps))
@@ -224,7 +169,7 @@ class Trainer:
                 if done or progress.step % evaluate_every == 0:
                     self._evaluate(progress, metrics)
                 if done or stop.requested or progress.step % save_every == 0:
-                    self._save(progress)
+                    self.saver.save(progress, loss=self._judged(progress))
                     last_saved = progress.step
                 if stop.requested:
                     break
@@ -360,12 +305,12 @@ class Trainer:
         record = self.directory / "budget.json"
         if record.is_file():
             known = json.loads(record.read_text(encoding="utf-8"))
-            if known["minutes"] == _minutes(self.config) and known["batch_tokens"] == train.batch_tokens:
+            if known["minutes"] == budget_minutes(self.config) and known["batch_tokens"] == train.batch_tokens:
                 return int(known["steps"])
         seconds_per_step = self.measure_step()
         steps = steps_of(self.config, self.data.num_rows, seconds_per_step)
         fixed = {
-            "minutes": _minutes(self.config),
+            "minutes": budget_minutes(self.config),
             "seconds_per_step": seconds_per_step,
             "steps": steps,
             "batch_tokens": train.batch_tokens,
@@ -395,7 +340,7 @@ class Trainer:
         checkpoint.restore_rng(rng)
         return statistics.median(times[1:])
 
-    # --- evaluation and checkpoints ---------------------------------------------------------------------------------
+    # --- evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate(self, progress: Progress, metrics: Metrics) -> None:
         """Run every evaluator; scores go to the sinks as `name/score`."""
@@ -412,59 +357,11 @@ class Trainer:
         if progress.scores:
             metrics.write(progress.step, progress.scores)
 
-    def _save(self, progress: Progress) -> None:
-        """Write a checkpoint, move the pointers, then remove what is no longer kept."""
-        first = next(iter(self.evaluators), None)
-        fresh = progress.scored_at == progress.step
-        loss = progress.scores.get(f"{first}/loss") if first and fresh else None
-        is_best = loss is not None and (progress.best is None or loss < progress.best["loss"])
-        if is_best:
-            assert loss is not None
-            progress.best = {"step": progress.step, "loss": loss}
-        checkpoint.save_checkpoint(
-            self.directory,
-            step=progress.step,
-            run_id=progress.run_id,
-            write_model=lambda directory: self.store.write(self.unwrapped, directory),
-            model=self.unwrapped,
-            optimizer=self.bare_optimizer,
-            inputs=self.inputs,
-            state={
-                "progress": progress.__dict__,
-                "data": self.data.state(progress.samples),
-                "config": config_to_dict(self.config),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            },
-        )
-        checkpoint.point(self.directory, "latest", progress.step)
-        if is_best:
-            checkpoint.point(self.directory, "best", progress.step)
-        checkpoint.rotate(self.directory, keep=self.config.checkpoint.keep)
-
-    def _resume(self) -> Progress | None:
-        """Go on from the newest whole checkpoint; None when there is none.
-
-        Raises:
-            ArtifactError: when what is there cannot be used.
-            ValueError: when the data is not what the checkpoint saw.
-        """
-        found = checkpoint.find_resumable(self.directory, report=lambda line: self.console.print(line, highlight=False))
-        if found is None:
-            return None
-        loaded = checkpoint.load_checkpoint(found, verify=False)  # its digests were just compared
-        self.data.check(loaded.state["data"])
-        self.store.read(self.unwrapped, found / "model")
-        checkpoint.load_optimizer_state_by_name(self.unwrapped, self.bare_optimizer, loaded.optimizer)
-        checkpoint.restore_rng(loaded.rng)
-        if self.accelerator.scaler and loaded.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
-        progress = Progress(**loaded.state["progress"])
-        if self.config.train.micro_batch == "auto":
-            self.micro_batch = progress.micro_batch
-        self.console.print(
-            f"going on from step {progress.step:,} of {progress.total_steps:,} ({found})", highlight=False
-        )
-        return progress
+    def _judged(self, progress: Progress) -> float | None:
+        """The loss that decides what is best: the mean over the validation sets; None when this step has none."""
+        losses = [progress.scores.get(f"{name}/loss") for name in self.judges]
+        known = [loss for loss in losses if loss is not None]
+        return statistics.fmean(known) if known and progress.scored_at == progress.step else None
 
     def _open_metrics(self, progress: Progress) -> Metrics:
         log = self.config.log

@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import DocumentStart, Source
+from pretrain.config_data import DocumentStart, Source
 from pretrain.data.documents import (
     ReadReport,
     SourceFile,

@@ -1,0 +1,67 @@
+"""Where a run stands, how it ended, and how many steps its budget is.
+
+What lives here: plain values. What must not: the loop, or files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pretrain.config import RunConfig
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint holds it. `tokens` counts positions, `text_tokens` leaves out padding."""
+
+    run_id: str
+    total_steps: int
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    text_tokens: int = 0
+    seconds: float = 0.0
+    micro_batch: int = 0
+    best: dict[str, float] | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    scored_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `Trainer.train` ended."""
+
+    progress: Progress
+    checkpoint: Path
+    stopped_by: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole budget was trained."""
+        return self.progress.step >= self.progress.total_steps
+
+
+def steps_of(config: RunConfig, num_rows: int, seconds_per_step: float | None) -> int:
+    """Optimizer steps of the whole budget, at least 1.
+
+    Args:
+        config: the run configuration.
+        num_rows: rows an epoch, for a budget in epochs.
+        seconds_per_step: for a budget in minutes or hours.
+    """
+    train = config.train
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        return math.ceil(train.tokens / train.batch_tokens)
+    if train.epochs is not None:
+        return max(1, math.ceil(train.epochs * num_rows / config.rows_per_batch))
+    assert seconds_per_step is not None
+    return max(1, round(60.0 * budget_minutes(config) / seconds_per_step))
+
+
+def budget_minutes(config: RunConfig) -> float:
+    """A budget of time in minutes; 0 when the budget is none."""
+    return config.train.minutes or 60.0 * (config.train.hours or 0.0)
