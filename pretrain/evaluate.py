@@ -21,8 +21,10 @@ from rich.table import Table
 
 from pretrain.config import RunConfig
 from pretrain.config_data import DocumentStart
+from pretrain.data.batches import Batch
 from pretrain.data.documents import SourceFile, read_documents, resolve_sources
-from pretrain.data.loader import Batch, DataPlane, ValidationPass
+from pretrain.data.loader import DataPlane
+from pretrain.data.validation import ValidationPass
 from pretrain.evaluation.likelihood import evaluate_batches, perplexity, score_causal, score_masked
 from pretrain.evaluation.loading import LoadedModel, describe_model, describe_tokenizer, load_model
 from pretrain.evaluation.passes import DEFAULT_BATCH_TOKENS, Passes

@@ -34,8 +34,8 @@ from rich.progress import (
 )
 
 from pretrain.config import RunConfig
+from pretrain.data.batches import LoadedSplit, layout_of
 from pretrain.data.executors import run_parts
-from pretrain.data.loader import LoadedSplit, layout_of
 from pretrain.data.parts import Plan, input_files, make_plan
 from pretrain.data.sources import SourceFile, first_files
 from pretrain.data.unfinished import (
@@ -55,6 +55,18 @@ from pretrain.files import (
 
 Report = Callable[[int, int], None]
 """Called with (done, total) while parts are worked on, in bytes of input (rows of Hub datasets)."""
+
+_WITHOUT_EFFECT = {
+    "executor",
+    "max_bad_share",
+    "max_documents_per_row",
+    "on_error",
+    "phases",
+    "sequence_length",
+    "verify",
+    "workers",
+}
+"""Keys of the data section that do not decide the shards; the weights of sources do not either."""
 
 
 def prepare_data(
@@ -140,7 +152,10 @@ def is_prepared(config: RunConfig, *, max_bytes: int | None = None, console: Con
 
 def _config_of(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
     """The keys that decide the shards, as JSON would give them back."""
-    keys = config.data.model_dump(mode="json", exclude={"sequence_length", "max_documents_per_row", "workers"})
+    keys = config.data.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    for source in keys["train"]:
+        if isinstance(source, dict):
+            del source["weight"], source["max_epochs"]
     plain: dict[str, Any] = json.loads(json.dumps({**keys, "max_bytes": max_bytes}))
     return plain
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from pretrain.changes import refuse_changed
 from pretrain.config import RunConfig, dump_config
-from pretrain.data.loader import DataPlane, ValidationData
+from pretrain.data.loader import DataPlane
+from pretrain.data.validation import ValidationData
 from pretrain.evaluation.likelihood import evaluate_batches
 from pretrain.files import lock_directory, read_manifest, replace_file
 from pretrain.interop import stock_config
@@ -185,6 +186,7 @@ def build_trainer(
         optimizer=optimizer,
         store=PublishedStore(config.directory / "tokenizer"),
         evaluators=evaluators if evaluators is not None else build_evaluators(config),
+        judges=DataPlane.validation_splits(config) if evaluators is None else None,
         flops_per_token=flops_per_token(model.config, config.data.sequence_length, target_share(config)),
         inputs=inputs_of(config),
         console=console,

@@ -242,6 +242,10 @@ class RowData:
         """What a checkpoint holds of it."""
         return {"samples_seen": samples_seen}
 
+    def for_run(self, total_steps: int) -> list[str]:
+        """Nothing depends on the length of the run."""
+        return []
+
     def check(self, state: Any) -> None:
         """Any state fits."""
 

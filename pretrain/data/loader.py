@@ -7,107 +7,58 @@ State is three values: a fingerprint of all that decides the batches, the seed, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pretrain.config import ObjectiveConfig, RunConfig
+from pretrain.data.batches import Batch, LoadedSplit, check_tokenizer, layout_of, make_batch
+from pretrain.data.mixture import MANY_EPOCHS, Mixture, Weights, plan_mixture
 from pretrain.data.objectives import (
-    BUILT_IN,
-    EVALUATION_MLM,
-    IGNORE,
-    Objective,
-    check_batch,
     make_objective,
     objective_identity,
 )
-from pretrain.data.order import Draws, IntArray, rows_of_samples
-from pretrain.data.packing import Layout, PackingPlan, PackingSpec, load_or_plan
-from pretrain.data.rows import assemble_rows, special_pair
-from pretrain.data.shards import TRAIN, VALIDATION, ShardFacts, TokenStore
-from pretrain.data.vocabulary import SpecialIds
-from pretrain.files import ArtifactError, Manifest, read_manifest, sha256_json
-
-VALIDATION_BATCH_TOKENS = 8192
-"""Token positions a forward pass of an evaluation, whatever an optimizer step takes in its micro-batches."""
-_VALIDATION_SEED = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows for the model.
-
-    `arrays` by Hugging Face's names, each (B, L): input_ids, position_ids, document_ids, and labels or shift_labels.
-    `num_targets` counts targets that are not -100, `num_tokens` positions that are not padding. `row_ids` (B, 2) are
-    (epoch, row of the packing plan).
-    """
-
-    arrays: dict[str, npt.NDArray[Any]]
-    num_targets: int
-    num_tokens: int
-    row_ids: IntArray
-
-
-class LoadedSplit:
-    """One prepared split under a packing plan and an objective."""
-
-    def __init__(
-        self, directory: Path, split: str, layout: Layout, sequence_length: int, max_documents_per_row: int
-    ) -> None:
-        manifest = read_manifest(directory, "data")
-        if split not in manifest.facts["splits"]:
-            known = ", ".join(manifest.facts["splits"])
-            raise ArtifactError(f"`{directory}` has no split `{split}`; it has {known}; prepare the data again")
-        facts = manifest.facts["splits"][split]
-        self.tokens = SpecialIds.from_facts(manifest.facts["tokenizer"])
-        self.shards = [ShardFacts(**shard) for shard in facts["shards"]]
-        self.num_bytes: int = facts["bytes"]
-        self.store = TokenStore(directory, self.shards, self.tokens.vocab_size)
-        opening, closing = special_pair(layout, self.tokens)
-        spec = PackingSpec(
-            sequence_length, layout, int(opening is not None), int(closing is not None), max_documents_per_row
-        )
-        self.plan: PackingPlan = load_or_plan(directory / split, spec, self.store)
-        self.name = f"{directory}/{split}"
-        self.model_kind: Layout | None = None  # where the configuration says what the model is
-
-    def batch(self, objective: Objective, seed: int, epochs: IntArray, rows: IntArray, kind: str) -> Batch:
-        packed = assemble_rows(self.store, self.plan, rows, self.tokens)
-        draws = Draws(seed, epochs, rows, self.plan.spec.sequence_length)
-        made = objective(packed, draws, self.tokens)
-        if kind not in BUILT_IN:
-            made = check_batch(made, packed.input_ids.shape, kind, self.tokens.vocab_size, self.model_kind)
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "position_ids": packed.position_ids,
-            "document_ids": packed.document_ids,
-            **made,
-        }
-        targets = arrays["labels"] if "labels" in arrays else arrays["shift_labels"]
-        return Batch(
-            arrays,
-            num_targets=int(np.count_nonzero(targets != IGNORE)),
-            num_tokens=int(np.count_nonzero(packed.document_ids)),
-            row_ids=np.stack([epochs, rows], axis=1),
-        )
+from pretrain.data.order import IntArray, rows_of_samples, source_seed
+from pretrain.data.packing import Layout
+from pretrain.data.rows import special_pair
+from pretrain.data.shards import TRAIN, VALIDATION
+from pretrain.data.validation import ValidationData
+from pretrain.files import ArtifactError, read_manifest, sha256_json
 
 
 class DataPlane:
-    """The endless stream of training batches of a prepared split."""
+    """The endless stream of training batches of a prepared split, or of one split a source.
 
-    def __init__(self, split: LoadedSplit, objective: ObjectiveConfig, *, seed: int, rows_per_batch: int) -> None:
+    Without weights the rows of all sources are drawn as one set, each once an epoch. With weights each source is a
+    stream with epochs of its own, and `Mixture` says which one a sample comes from.
+    """
+
+    def __init__(
+        self,
+        splits: Sequence[LoadedSplit],
+        objective: ObjectiveConfig,
+        *,
+        seed: int,
+        rows_per_batch: int,
+        weights: Weights | None = None,
+    ) -> None:
         self.seed = seed
         self.rows_per_batch = rows_per_batch
-        self._split = split
-        self._kind = objective.kind
+        self.sources = tuple(split.source for split in splits)
+        self.rows = tuple(split.plan.num_rows for split in splits)
+        if sum(self.rows) == 0:
+            raise ArtifactError(f"`{splits[0].name}` holds no tokens; check the text and prepare it again")
+        self._splits = tuple(splits)
+        self._kind, self._objective_config = objective.kind, objective
         self._objective = make_objective(objective)
-        self.made_of = _made_of(split, objective, self._objective)
-        self.fingerprint = sha256_json(self.made_of)
-        if split.plan.num_rows == 0:
-            raise ArtifactError(f"`{split.name}` holds no tokens; check the text and prepare it again")
+        self._seeds = np.array([source_seed(seed, name) for name in self.sources], dtype=np.int64)
+        self._bounds: IntArray = np.cumsum([0, *self.rows], dtype=np.int64)
+        self._weights = weights
+        self.mixture: Mixture | None = None
+        self._mix(None)
 
     @classmethod
     def from_directory(
@@ -122,12 +73,13 @@ class DataPlane:
         layout: Layout | None = None,
         max_documents_per_row: int = 64,
         tokenizer_directory: Path | None = None,
+        weights: Weights | None = None,
     ) -> DataPlane:
         """The data plane of `directory`/`split`, packed anew when these parameters were not planned for yet.
 
         Args:
             directory: what `prepare_data` wrote.
-            split: train, or a validation split.
+            split: train (all of its sources), or one split by its full name.
             objective: what the model learns to predict.
             sequence_length: positions a row.
             rows_per_batch: rows a step, over all processes.
@@ -135,16 +87,22 @@ class DataPlane:
             layout: where special tokens go; by default that of the objective (mlm: encoder, else decoder).
             max_documents_per_row: at most this many pieces a row.
             tokenizer_directory: when given, must be the tokenizer that the data was prepared with.
+            weights: of the sources, where rows are not to be drawn alike.
 
         Raises:
             ArtifactError: when the split is missing, cut off, or of another tokenizer.
+            ValueError: when the weights do not fit the sources.
         """
+        manifest = read_manifest(directory, "data")
         if tokenizer_directory is not None:
-            check_tokenizer(read_manifest(directory, "data"), tokenizer_directory, directory)
+            check_tokenizer(manifest, tokenizer_directory, directory)
+        names = [name for name in manifest.facts["splits"] if name.startswith(f"{split}-")] if split == TRAIN else []
+        names = [split, *names] if split in manifest.facts["splits"] or not names else names
         chosen = layout or layout_of(objective)
-        loaded = LoadedSplit(directory, split, chosen, sequence_length, max_documents_per_row)
-        loaded.model_kind = layout
-        return cls(loaded, objective, seed=seed, rows_per_batch=rows_per_batch)
+        loaded = [LoadedSplit(directory, name, chosen, sequence_length, max_documents_per_row) for name in names]
+        for part in loaded:
+            part.model_kind = layout
+        return cls(loaded, objective, seed=seed, rows_per_batch=rows_per_batch, weights=weights)
 
     @classmethod
     def from_config(cls, config: RunConfig, split: str = TRAIN) -> DataPlane:
@@ -159,7 +117,45 @@ class DataPlane:
             layout=config.kind,
             max_documents_per_row=config.data.max_documents_per_row,
             tokenizer_directory=config.directory / "tokenizer",
+            weights=Weights.of(config.data) if split == TRAIN else None,
         )
+
+    def for_run(self, total_steps: int) -> list[str]:
+        """Fix what depends on the length of the run; return what a person should know about it, a line each.
+
+        Raises:
+            ValueError: when phases do not fit the run, or every source is used up before its end.
+        """
+        self._mix(total_steps)
+        samples = total_steps * self.rows_per_batch
+        if self.mixture is None:
+            epochs = {"": samples / self.num_rows}
+        else:
+            if self.mixture.end is not None and self.mixture.end < samples:
+                raise ValueError(
+                    f"data.train: with max_epochs every source is used up after step "
+                    f"{self.mixture.end // self.rows_per_batch:,} of {total_steps:,}; train less, raise max_epochs, "
+                    "or add text"
+                )
+            epochs = self.mixture.epochs(samples)
+        return [
+            f"{f'source {name}' if name else 'the training text'} is read {count:.1f} times in this run; past about "
+            f"{MANY_EPOCHS:g} repeated text teaches little: add text" + (", or lower its weight" if name else "")
+            for name, count in epochs.items()
+            if count > MANY_EPOCHS
+        ]
+
+    def _mix(self, total_steps: int | None) -> None:
+        if self._weights is not None:
+            self.mixture = plan_mixture(
+                self.sources,
+                self.rows,
+                self._weights,
+                rows_per_batch=self.rows_per_batch,
+                total_steps=total_steps,
+            )
+        self.made_of = self._made_of()
+        self.fingerprint = sha256_json(self.made_of)
 
     @staticmethod
     def validation_splits(config: RunConfig) -> list[str]:
@@ -182,19 +178,57 @@ class DataPlane:
     @property
     def num_rows(self) -> int:
         """Rows an epoch."""
-        return self._split.plan.num_rows
+        return int(self._bounds[-1])
 
     @property
     def utilisation(self) -> float:
         """Share of the positions of an epoch that is not padding."""
-        return self._split.plan.utilisation
+        positions = sum(split.plan.num_positions for split in self._splits)
+        return positions / (self.num_rows * self._splits[0].plan.spec.sequence_length)
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The global batch of `step` (from 0), or the given rows of it. Safe to call from several threads."""
         first = step * self.rows_per_batch
         samples = np.arange(first, first + self.rows_per_batch, dtype=np.int64)[rows or slice(None)]
-        epochs, plan_rows = rows_of_samples(samples, self.num_rows, self.seed)
-        return self._split.batch(self._objective, self.seed, epochs, plan_rows, self._kind)
+        sources, epochs, plan_rows = self.locate(samples)
+        return make_batch(
+            self._splits,
+            self._objective,
+            self._kind,
+            sources=sources,
+            epochs=epochs,
+            rows=plan_rows,
+            seeds=self._seeds[sources],
+        )
+
+    def locate(self, samples: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """(source, epoch, row of that source's plan) of samples of the stream, (S,) each."""
+        if self.mixture is None:
+            epochs, rows = rows_of_samples(samples, self.num_rows, self.seed)
+            sources = np.searchsorted(self._bounds, rows, side="right") - 1
+            return sources, epochs, rows - self._bounds[sources]
+        sources, numbers = self.mixture.locate(samples)
+        epochs, rows = np.empty_like(samples), np.empty_like(samples)
+        for source in np.unique(sources):
+            chosen = sources == source
+            epochs[chosen], rows[chosen] = rows_of_samples(numbers[chosen], self.rows[source], int(self._seeds[source]))
+        return sources, epochs, rows
+
+    def _made_of(self) -> dict[str, Any]:
+        """All that decides the batches but the seed, by name, so that a difference can be told."""
+        first = self._splits[0]
+        opening, closing = special_pair(first.plan.spec.layout, first.tokens)
+        shards = {
+            split.source: sha256_json([[shard.digest, shard.index_digest] for shard in split.shards])
+            for split in self._splits
+        }
+        return {
+            "shards": shards,
+            "packing": asdict(first.plan.spec),
+            "special ids": {"opening": opening, "closing": closing, **first.tokens.facts()["special_ids"]},
+            "objective": objective_identity(self._objective_config, self._objective),
+            "mixture": self.mixture.facts() if self.mixture is not None else None,
+        }
 
     def state(self, samples_seen: int) -> dict[str, Any]:
         """What a checkpoint must hold of the data; `made_of` is what the fingerprint is the hash of."""
@@ -219,114 +253,3 @@ class DataPlane:
         raise ValueError(
             f"the checkpoint saw other data: {lines}; put it back as it was, or start a run under another name="
         )
-
-
-@dataclass(frozen=True)
-class ValidationPass:
-    """Batches of one pass, and the UTF-8 bytes of the text that their rows hold."""
-
-    data: ValidationData
-    num_rows: int
-    num_bytes: int
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.data.iterate(self.num_rows)
-
-
-class ValidationData:
-    """A validation split: each row once, in a fixed order, with masks that are the same in every run.
-
-    Masked models are scored at a rate of 15% (80% [MASK], 10% random, 10% kept), whatever the training rate.
-    A batch has `batch_tokens` positions at most (one row at least), so that scoring needs no more memory than training
-    did; the rows and their masks do not depend on it.
-    """
-
-    def __init__(
-        self, split: LoadedSplit, objective: ObjectiveConfig, *, batch_tokens: int = VALIDATION_BATCH_TOKENS
-    ) -> None:
-        self.rows_per_batch = max(1, batch_tokens // split.plan.spec.sequence_length)
-        self._split = split
-        self._kind = objective.kind
-        self._objective = make_objective(EVALUATION_MLM if objective.kind == "mlm" else objective)
-        self.num_rows = split.plan.num_rows
-
-    @classmethod
-    def from_directory(
-        cls,
-        directory: Path,
-        split: str = VALIDATION,
-        *,
-        objective: ObjectiveConfig,
-        sequence_length: int,
-        batch_tokens: int = VALIDATION_BATCH_TOKENS,
-        layout: Layout | None = None,
-        max_documents_per_row: int = 64,
-    ) -> ValidationData:
-        """The validation data of `directory`/`split`; arguments and errors as of `DataPlane.from_directory`."""
-        loaded = LoadedSplit(directory, split, layout or layout_of(objective), sequence_length, max_documents_per_row)
-        loaded.model_kind = layout
-        return cls(loaded, objective, batch_tokens=batch_tokens)
-
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the split's text: bits per byte = sum of losses in nats / ln 2 / num_bytes."""
-        return self._split.num_bytes
-
-    def batches(self, max_tokens: int | None = None) -> ValidationPass:
-        """One pass over all rows, or over the first of a fixed shuffle that have at most `max_tokens` positions.
-
-        The last batch may have fewer rows. `num_bytes` of a part of the rows is its share of the tokens.
-        """
-        length = self._split.plan.spec.sequence_length
-        rows = self.num_rows if max_tokens is None else max(1, min(self.num_rows, max_tokens // length))
-        if rows == self.num_rows:
-            return ValidationPass(self, rows, self.num_bytes)
-        bounds, pieces = self._split.plan.rows, self._split.plan.pieces["length"]
-        tokens = sum(int(pieces[bounds[row] : bounds[row + 1]].sum()) for row in self._rows(rows))
-        share = tokens / max(1, self._split.store.num_tokens)
-        return ValidationPass(self, rows, round(self.num_bytes * share))
-
-    def iterate(self, num_rows: int) -> Iterator[Batch]:
-        """Batches of the first `num_rows` rows."""
-        rows = self._rows(num_rows)
-        for start in range(0, len(rows), self.rows_per_batch):
-            part = rows[start : start + self.rows_per_batch]
-            yield self._split.batch(self._objective, _VALIDATION_SEED, np.zeros_like(part), part, self._kind)
-
-    def _rows(self, num_rows: int) -> IntArray:
-        # The plan sorts rows by make (full pieces first), so the first rows of it are no fair part of the text.
-        rows = np.arange(self.num_rows, dtype=np.int64)
-        if num_rows == self.num_rows:
-            return rows
-        _, shuffled = rows_of_samples(rows[:num_rows], self.num_rows, _VALIDATION_SEED)
-        return np.sort(shuffled)
-
-
-def layout_of(objective: ObjectiveConfig) -> Layout:
-    """Where special tokens go when no architecture says so."""
-    return "encoder" if objective.kind == "mlm" else "decoder"
-
-
-def check_tokenizer(data: Manifest, tokenizer_directory: Path, directory: Path) -> None:
-    """Refuse data that another tokenizer made.
-
-    Raises:
-        ArtifactError: names both digests.
-    """
-    made_with, now = data.inputs["tokenizer"], read_manifest(tokenizer_directory, "tokenizer").digest
-    if made_with != now:
-        raise ArtifactError(
-            f"`{directory}` was prepared with another tokenizer ({made_with[:12]}) than `{tokenizer_directory}` "
-            f"({now[:12]}); prepare the data again, or put the tokenizer back"
-        )
-
-
-def _made_of(split: LoadedSplit, objective: ObjectiveConfig, function: Objective) -> dict[str, Any]:
-    """All that decides the batches but the seed, by name, so that a difference can be told."""
-    opening, closing = special_pair(split.plan.spec.layout, split.tokens)
-    return {
-        "shards": sha256_json([[shard.digest, shard.index_digest] for shard in split.shards]),
-        "packing": asdict(split.plan.spec),
-        "special ids": {"opening": opening, "closing": closing, **split.tokens.facts()["special_ids"]},
-        "objective": objective_identity(objective, function),
-    }

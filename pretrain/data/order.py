@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ U64 = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int64]
 
 _ROUNDS = 6
+_STRETCH = 4096  # samples whose rows are worked out together: for one alone the calls cost more than the work
+_BLOCK_POSITIONS = 1 << 15  # positions that are hashed at a time: their 64-bit temporaries stay in a core's cache
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31, _S32 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(32)
@@ -40,9 +43,14 @@ def hash_counters(*counters: int | npt.NDArray[np.integer]) -> U64:
     """One 64-bit hash of several counters, broadcast against each other; at least one dimension comes back."""
     state = np.zeros(1, dtype=np.uint64)
     for number, counter in enumerate(counters):
-        part = np.atleast_1d(np.asarray(counter)).astype(np.uint64)
-        state = mix((state ^ part) + np.uint64(int(_GOLDEN) * (number + 1) % 2**64))
+        state = _absorb(state, counter, number)
     return state
+
+
+def _absorb(state: U64, counter: int | npt.NDArray[np.integer], number: int) -> U64:
+    """The hash of one counter more, when `state` is that of the `number` counters before it."""
+    part = np.atleast_1d(np.asarray(counter)).astype(np.uint64)
+    return mix((state ^ part) + np.uint64(int(_GOLDEN) * (number + 1) % 2**64))
 
 
 def permute(indices: IntArray, size: int, seed: int, epochs: int | IntArray) -> IntArray:
@@ -75,8 +83,28 @@ def _feistel(values: U64, keys: list[U64], wide: int, narrow: int) -> U64:
     return (left << np.uint64(right_bits)) | right
 
 
+def source_seed(seed: int, name: str) -> int:
+    """The seed of a named source, so that its order and draws do not depend on the sources beside it."""
+    return int(hash_counters(seed, zlib.crc32(name.encode()))[0] >> np.uint64(1)) if name else seed
+
+
 def rows_of_samples(samples: IntArray, num_rows: int, seed: int) -> tuple[IntArray, IntArray]:
     """(epochs, rows) of samples of the endless stream, each (S,)."""
+    if len(samples):
+        stretch = int(samples[0]) // _STRETCH
+        if stretch * _STRETCH <= samples.min() and samples.max() < (stretch + 1) * _STRETCH:
+            epochs, rows = _rows_of_stretch(stretch, num_rows, seed)
+            places = samples - stretch * _STRETCH
+            return epochs[places], rows[places]
+    return _rows_of(samples, num_rows, seed)
+
+
+@lru_cache(maxsize=256)  # a few for each source of a mixture; 64 KiB each
+def _rows_of_stretch(stretch: int, num_rows: int, seed: int) -> tuple[IntArray, IntArray]:
+    return _rows_of(np.arange(stretch * _STRETCH, (stretch + 1) * _STRETCH, dtype=np.int64), num_rows, seed)
+
+
+def _rows_of(samples: IntArray, num_rows: int, seed: int) -> tuple[IntArray, IntArray]:
     epochs, indices = np.divmod(samples, num_rows)
     return epochs, permute(indices, num_rows, seed, epochs)
 
@@ -85,26 +113,45 @@ def rows_of_samples(samples: IntArray, num_rows: int, seed: int) -> tuple[IntArr
 class Draws:
     """Random bits for a batch of rows: each a hash of (seed, epoch, row, position, purpose) and of nothing else.
 
-    So a draw does not depend on how rows are split over batches, workers or processes. `epochs` and `rows` are (B,).
+    So a draw does not depend on how rows are split over batches, workers or processes. `epochs` and `rows` are (B,),
+    and so is `seed` where rows of several sources meet.
     """
 
-    seed: int
+    seed: int | IntArray
     epochs: IntArray
     rows: IntArray
     sequence_length: int
 
     def bits(self, purpose: str) -> U64:
         """64 random bits for each position: (B, L)."""
-        keys = self._keys(purpose)
-        return mix(keys[:, None] + np.arange(self.sequence_length, dtype=np.uint64) * _GOLDEN)
+        return mix(self._keys(purpose)[:, None] + self._steps)
+
+    def below(self, purpose: str, share: float) -> npt.NDArray[np.bool_]:
+        """`below(bits(purpose), share)`, (B, L), without holding the bits of all rows at once."""
+        keys = self._keys(purpose)[:, None]
+        out = np.empty((len(keys), self.sequence_length), dtype=np.bool_)
+        rows = max(1, _BLOCK_POSITIONS // self.sequence_length)
+        for start in range(0, len(keys), rows):
+            out[start : start + rows] = below(mix(keys[start : start + rows] + self._steps), share)
+        return out
 
     def bits_at(self, purpose: str, places: IntArray) -> U64:
         """The same bits, at flat places b * L + t alone: (places,)."""
-        batch_rows, positions = np.divmod(places, self.sequence_length)
-        return mix(self._keys(purpose)[batch_rows] + positions.astype(np.uint64) * _GOLDEN)
+        batch_rows = places // self.sequence_length
+        positions = places - batch_rows * self.sequence_length
+        return mix(self._keys(purpose)[batch_rows] + self._steps[positions])
 
     def _keys(self, purpose: str) -> U64:
-        return hash_counters(self.seed, self.epochs, self.rows, zlib.crc32(purpose.encode()))
+        """`hash_counters(seed, epochs, rows, purpose)`, (B,)."""
+        return _absorb(self._row_keys, zlib.crc32(purpose.encode()), 3)
+
+    @cached_property
+    def _row_keys(self) -> U64:
+        return hash_counters(self.seed, self.epochs, self.rows)
+
+    @cached_property
+    def _steps(self) -> U64:
+        return np.arange(self.sequence_length, dtype=np.uint64) * _GOLDEN
 
 
 def below(bits: U64, share: float) -> npt.NDArray[np.bool_]:

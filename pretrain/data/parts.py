@@ -15,7 +15,7 @@ from pretrain.config_data import DataConfig, DocumentStart, Source, ValidationSp
 from pretrain.data.documents import byte_ranges, document_mode, input_digest, units
 from pretrain.data.shards import TRAIN, VALIDATION
 from pretrain.data.sources import SourceFile, Told, digest_of_files, first_files, refuse_repeated, resolve_sources
-from pretrain.data.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text, entirely
+from pretrain.data.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text, entirely, of_source
 from pretrain.files import sha256_json
 
 PLAN_VERSION = 1
@@ -113,22 +113,40 @@ class Plan:
 
     def split_of(self, part: Part, piece: Piece) -> Split:
         """The rule that sends a piece's documents to their splits."""
-        if part.split != TRAIN or self.held_out is None:
+        if not is_training(part.split) or self.held_out is None:
             return entirely(part.split)
         if "fraction" in self.held_out:
-            return by_fraction(self.held_out["fraction"])
-        if piece.length is None:
-            return by_tail_of_text(self.held_out["tail"])
-        return by_tail(self.held_out["tail"], piece.length)
+            rule = by_fraction(self.held_out["fraction"])
+        elif piece.length is None:
+            rule = by_tail_of_text(self.held_out["tail"])
+        else:
+            rule = by_tail(self.held_out["tail"], piece.length)
+        return of_source(rule, self.files[piece.file].source)
+
+    def splits(self) -> list[str]:
+        """The splits that there must be: those of files, and the one held out of each that is trained on."""
+        own = list(dict.fromkeys(part.split for part in self.parts))
+        if self.held_out is None:
+            return own
+        return own + [VALIDATION + split.removeprefix(TRAIN) for split in own if is_training(split)]
+
+
+def is_training(split: str) -> bool:
+    """Whether a split is trained on: `train`, or `train-NAME` of a named source."""
+    return split.partition("-")[0] == TRAIN
 
 
 def input_files(data: DataConfig) -> dict[str, list[SourceFile]]:
-    """The files of each split that has files of its own: train, and validation ones that are given by name.
+    """The files of each split that has files of its own.
+
+    They are `train` and `train-NAME` of each named source, and the validation splits that are given by name.
 
     Raises:
         ValueError: when an entry names nothing, or a file is named twice.
     """
-    splits = {TRAIN: resolve_sources(data.train, key="data.train")}
+    splits: dict[str, list[SourceFile]] = {}
+    for file in resolve_sources(data.train, key="data.train"):
+        splits.setdefault(f"{TRAIN}-{file.source}" if file.source else TRAIN, []).append(file)
     if not isinstance(data.validation, ValidationSplit):
         for entry in data.validation:
             name = f"{VALIDATION}-{entry.name}" if isinstance(entry, Source) else VALIDATION
@@ -158,7 +176,8 @@ def make_plan(
     files = [file for group in splits.values() for file in group]
     rule = data.validation.model_dump(exclude_none=True) if isinstance(data.validation, ValidationSplit) else None
     if rule is not None and "fraction" in rule:
-        _refuse_a_share_of_one(splits[TRAIN], data, rule["fraction"])
+        for split in filter(is_training, splits):
+            _refuse_a_share_of_one(splits[split], data, rule["fraction"])
     if rule is not None and max_bytes is not None:
         rule = {"tail": TRIAL_TAIL}
     parts: list[Part] = []
@@ -166,7 +185,7 @@ def make_plan(
     for split, group in splits.items():
         pieces: Iterable[tuple[list[Piece], int]]
         if max_bytes is None:
-            tail = split == TRAIN and rule is not None and "tail" in rule
+            tail = is_training(split) and rule is not None and "tail" in rule
             pieces = _pieces(group, first, data, needs_length=tail)
         else:
             pieces = _first_pieces(group, first, max_bytes)

@@ -16,6 +16,7 @@ TRIAL_TAIL = 0.25
 """Trials hold out this much of each text, whatever the rule: their few documents must give some to each side."""
 
 Split = Callable[[Document], Iterator[tuple[str, Document]]]
+"""Gives each document, or parts of it, with TRAIN or VALIDATION."""
 
 _KEY = b"pretrain validation split, seed %d"
 
@@ -65,6 +66,18 @@ def by_tail_of_text(tail: float) -> Split:
                 yield name, Document(part.decode("utf-8"), document.file, document.position + start)
 
     return split
+
+
+def of_source(split: Split, source: str) -> Split:
+    """The same rule, with splits of the source's own: train-NAME and validation-NAME; `split` itself without a name."""
+    if not source:
+        return split
+
+    def named(document: Document) -> Iterator[tuple[str, Document]]:
+        for name, part in split(document):
+            yield f"{name}-{source}", part
+
+    return named
 
 
 def entirely(name: str) -> Split:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.parts import Part, Plan
-from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, TRAIN, UNFINISHED_SUFFIX, VALIDATION
+from pretrain.data.parts import Part, Plan, is_training
+from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, UNFINISHED_SUFFIX
 from pretrain.data.vocabulary import SpecialIds
 from pretrain.files import MANIFEST, Manifest, replace_file, sha256_file, write_manifest
 
@@ -97,9 +97,7 @@ def finish(work: Path, plan: Plan, vocabulary: SpecialIds, *, config: dict[str, 
         ValueError: when a split has no tokens; names the key.
     """
     marks = [json.loads(marker(work, part).read_text(encoding="utf-8")) for part in plan.parts]
-    shards: dict[str, list[dict[str, Any]]] = {part.split: [] for part in plan.parts}
-    if plan.held_out is not None:
-        shards.setdefault(VALIDATION, [])
+    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in plan.splits()}
     for mark in marks:
         for shard in mark["shards"]:
             shards[shard["name"].partition("/")[0]].append(shard)
@@ -162,8 +160,10 @@ def _refuse_empty(shards: dict[str, list[dict[str, Any]]], named: list[str]) -> 
         first = f"; the first problem: {named[0]}" if named else ""
         raise ValueError(f"data.train gave no tokens at all{first}")
     for split, count in tokens.items():
-        if not count and split == TRAIN:
-            raise ValueError("data.validation: nothing is left to train on; hold out less, or give validation files")
+        if not count and is_training(split):
+            raise ValueError(
+                f"data.validation: nothing is left to train on in `{split}`; hold out less, or give validation files"
+            )
         if not count:
             documents = sum(shard["documents"] for some in shards.values() for shard in some)
             raise ValueError(

@@ -6,7 +6,8 @@ form on the disk (`checkpoint`), or the loop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +18,10 @@ from rich.console import Console
 from torch import nn
 
 from pretrain.config import RunConfig, config_to_dict
+from pretrain.files import update_file
 from pretrain.training import checkpoint
 from pretrain.training.progress import Progress
+from pretrain.training.resuming import record_of, take_up
 
 
 class ModelStore(Protocol):
@@ -33,6 +36,13 @@ class ModelStore(Protocol):
 
 class SavedData(Protocol):
     """What a checkpoint needs of a data plane."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows an epoch."""
+
+    def for_run(self, total_steps: int) -> Sequence[str]:
+        """Fix what depends on the length of the run."""
 
     def state(self, samples_seen: int) -> dict[str, Any]:
         """What a checkpoint must hold of the data, as plain data."""
@@ -100,10 +110,20 @@ class Saver:
         checkpoint.rotate(self.directory, keep=self.config.checkpoint.keep)
         return path
 
-    def resume(self) -> Progress | None:
+    @property
+    def arithmetic(self) -> str:
+        """Precision and device as they were resolved: what else decides the last bits."""
+        precision = self.accelerator.mixed_precision
+        return f"{'fp32' if precision == 'no' else precision} on {self.accelerator.device.type}"
+
+    def resume(self, allow: Collection[str] = ()) -> Progress | None:
         """Go on from the newest whole checkpoint; None when there is none.
 
+        Args:
+            allow: keys of the configuration, or whole sections, that may differ from the checkpoint's.
+
         Raises:
+            ChangedConfigError: when the configuration differs in a way that is not allowed.
             ArtifactError: when what is there cannot be used.
             ValueError: when the data is not what the checkpoint saw.
         """
@@ -111,14 +131,37 @@ class Saver:
         if found is None:
             return None
         loaded = checkpoint.load_checkpoint(found, verify=False)  # its digests were just compared
+        progress = Progress(**loaded.state["progress"])
+        was = {group["name"]: group["initial_lr"] for group in loaded.optimizer.groups}
+        rates = {group["name"]: (was.get(group["name"], 0.0), group["initial_lr"]) for group in self._groups()}
+        lines = take_up(
+            progress,
+            loaded.state["config"],
+            self.config,
+            num_rows=self.data.num_rows,
+            rates=rates,
+            arithmetic=self.arithmetic,
+            allow=allow,
+        )
+        self.data.for_run(progress.total_steps)
         self.data.check(loaded.state["data"])
         self.store.read(self.model, found / "model")
         checkpoint.load_optimizer_state_by_name(self.model, self.optimizer, loaded.optimizer)
         checkpoint.restore_rng(loaded.rng)
         if self.accelerator.scaler and loaded.state["scaler"]:
             self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
-        progress = Progress(**loaded.state["progress"])
-        self.console.print(
-            f"going on from step {progress.step:,} of {progress.total_steps:,} ({found})", highlight=False
+        finished = progress.step >= progress.total_steps
+        lines.append(
+            f"the run is finished: {progress.step:,} of {progress.total_steps:,} steps ({found}); nothing is trained"
+            if finished
+            else f"going on from step {progress.step:,} of {progress.total_steps:,} ({found})"
         )
+        for line in lines:
+            self.console.print(line, highlight=False)
+        record = record_of(self.directory)
+        if progress.changes or record.is_file():
+            update_file(record, (json.dumps(progress.changes, indent=2) + "\n").encode())
         return progress
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups

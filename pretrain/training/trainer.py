@@ -64,6 +64,9 @@ class Data(Protocol):
     def batch(self, step: int, rows: slice | None = None) -> Any:
         """The global batch of `step`, or the given rows of it."""
 
+    def for_run(self, total_steps: int) -> Sequence[str]:
+        """Fix what depends on the length of the run; return what a person should know, a line each."""
+
     def state(self, samples_seen: int) -> dict[str, Any]:
         """What a checkpoint must hold of the data, as plain data."""
 
@@ -153,6 +156,8 @@ class Trainer:
         if progress is None:
             steps = self._total_steps()
             progress = Progress(run_id=uuid.uuid4().hex[:12], total_steps=steps, micro_batch=self.micro_batch)
+            for line in self.data.for_run(steps):
+                self.console.print(line, highlight=False)
         elif self.config.train.micro_batch == "auto":
             self.micro_batch = progress.micro_batch
         if progress.step >= progress.total_steps:

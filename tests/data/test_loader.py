@@ -12,7 +12,8 @@ import pytest
 from data_builders import run_config, write_tokenizer
 
 from pretrain.config import ObjectiveConfig
-from pretrain.data.loader import VALIDATION_BATCH_TOKENS, DataPlane, ValidationData
+from pretrain.data.loader import DataPlane
+from pretrain.data.validation import VALIDATION_BATCH_TOKENS, ValidationData
 from pretrain.files import ArtifactError, read_manifest
 from pretrain.prepare import prepare_data
 
@@ -65,8 +66,8 @@ def test_each_row_comes_once_an_epoch_for_any_number_of_processes(runs, rows_per
         for process in range(processes):
             share = slice(rows_per_batch * process // processes, rows_per_batch * (process + 1) // processes)
             seen += data.batch(step, share).row_ids.tolist()
-    in_epochs = [pair for pair in seen if pair[0] < 3]
-    assert len(in_epochs) == len({tuple(pair) for pair in in_epochs}) == 3 * data.num_rows
+    in_epochs = [row for row in seen if row[1] < 3]
+    assert len(in_epochs) == len({tuple(row) for row in in_epochs}) == 3 * data.num_rows
 
 
 def test_masks_change_with_the_epoch_and_the_seed(runs):
@@ -74,7 +75,7 @@ def test_masks_change_with_the_epoch_and_the_seed(runs):
     by_row = {}
     for step in range(2 * data.num_rows // 8):
         batch = data.batch(step)
-        for (_, row), labels in zip(batch.row_ids.tolist(), batch.arrays["labels"], strict=True):
+        for (_, _, row), labels in zip(batch.row_ids.tolist(), batch.arrays["labels"], strict=True):
             by_row.setdefault(row, []).append(labels)
     twice = [labels for labels in by_row.values() if len(labels) == 2]
     assert np.mean([np.array_equal(*labels) for labels in twice]) < 0.2
@@ -129,7 +130,7 @@ def test_validation_rows_come_once_with_masks_of_their_own(runs):
     data = ValidationData.from_directory(config.directory / "data", **keys)
     batches = list(data.batches())
     ids = np.concatenate([batch.row_ids for batch in batches])
-    assert ids[:, 1].tolist() == list(range(data.num_rows))
+    assert ids[:, 2].tolist() == list(range(data.num_rows))
     facts = read_manifest(config.directory / "data", "data").facts["splits"]["validation"]
     assert data.batches().num_bytes == facts["bytes"]
     payload = facts["tokens"]

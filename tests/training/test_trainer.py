@@ -67,6 +67,9 @@ class RaggedData:
         arrays = {"input_ids": ids[chosen], "labels": labels}
         return Rows(arrays, int((labels != -100).sum()), labels.size, np.arange(8)[chosen] + 8 * step)
 
+    def for_run(self, total_steps: int) -> list[str]:
+        return []
+
     def state(self, samples_seen: int) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint, "seed": 0, "samples_seen": samples_seen}
 
