@@ -13,17 +13,21 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, ParamSpec, Self, TypeVar
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
+LOCK = ".lock"
+_CHECKSUM = "checksum"  # of all else that a manifest says
 _BLOCK = 1 << 20
 
 
@@ -69,7 +73,8 @@ class HashingWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
+            with suppress(OSError):  # a full disk fails the rest of the buffer too; the first error tells more
+                self._file.close()
 
 
 def write_bytes(path: Path, data: bytes) -> str:
@@ -87,9 +92,27 @@ def write_json(path: Path, value: Any) -> str:
 def replace_file(path: Path, data: bytes) -> None:
     """Write one file so that a reader sees the old bytes or the new ones, never a mixture."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-    write_bytes(temporary, data)
-    temporary.replace(path)
+    try:
+        write_bytes(temporary, data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
+
+
+def update_file(path: Path, data: bytes) -> None:
+    """Like `replace_file`, but a file that holds these bytes already is not touched."""
+    if not path.is_file() or path.read_bytes() != data:
+        replace_file(path, data)
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory and its parents where they are missing, each flushed to the disk in the one that holds it."""
+    if not path.is_dir():
+        make_directories(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -113,40 +136,105 @@ def commit_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not replace:
         raise ArtifactError(f"`{path}` exists already; choose another name, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directories(path.parent)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    aside: Path | None = None
     temporary.mkdir()
     try:
         yield temporary
         for folder, _, _ in os.walk(temporary):
             sync_directory(Path(folder))
-        aside = None
         if path.exists():
             aside = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}-{uuid.uuid4().hex[:8]}")
             path.rename(aside)
+            sync_directory(path.parent)
         temporary.rename(path)
-        sync_directory(path.parent)
-        if aside is not None:
-            shutil.rmtree(aside)
     except BaseException:
+        if aside is not None and aside.exists() and not path.exists():
+            aside.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    sync_directory(path.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)  # what is left of it is removed by `remove_leftovers`
+
+
+_owned: set[Path] = set()  # directories that this process owns
 
 
 @contextmanager
 def lock_directory(path: Path) -> Iterator[None]:
     """Own a directory while the block runs; the lock goes with the process, however it ends.
 
+    A block inside a block of the same process owns it already. The lock is a kernel's lock (flock) on `.lock`, which
+    says who holds it; a file that a killed process left behind locks nothing. It is removed at the end, and so is the
+    directory when nothing was put into it.
+
     Raises:
-        ArtifactError: when another process owns it.
+        ArtifactError: when another process owns it; names the process and the machine.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(f"another process works in `{path}`; wait for it, or give another name=") from None
+    path = path.resolve()
+    if path in _owned:
         yield
+        return
+    descriptor = _take_lock(path)
+    _owned.add(path)
+    try:
+        yield
+    finally:
+        _owned.discard(path)
+        if _is_file(descriptor, path / LOCK):
+            (path / LOCK).unlink()
+            with suppress(OSError):
+                path.rmdir()  # refuses what is not empty
+        os.close(descriptor)
+
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+def owning_directory(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Let a function own the directory of its first argument, `config`, while it works."""
+
+    @wraps(function)
+    def owner(*arguments: Given.args, **keywords: Given.kwargs) -> Made:
+        config: Any = arguments[0] if arguments else keywords["config"]
+        with lock_directory(config.directory):
+            return function(*arguments, **keywords)
+
+    return owner
+
+
+def _take_lock(path: Path) -> int:
+    """Lock `.lock` in `path`, write into it who we are, and return its descriptor."""
+    lock = path / LOCK
+    while True:
+        make_directories(path)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # its last owner has just removed the directory
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ArtifactError(f"{holder} works in `{path}`; wait for it or stop it, or give another name=") from None
+        if _is_file(descriptor, lock):  # and not one that its last owner removed between our two calls
+            with suppress(OSError):  # on a full disk the lock holds all the same
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that lies at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def remove_leftovers(parent: Path) -> list[Path]:
@@ -218,20 +306,30 @@ def write_manifest(
         facts=dict(facts or {}),
         code_version=__version__,
     )
-    write_json(directory / MANIFEST, manifest.__dict__)
+    write_bytes(directory / MANIFEST, manifest_bytes(manifest))
     return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """A manifest as it lies on the disk, with the SHA-256 of what it says."""
+    plain = json.loads(json.dumps(manifest.__dict__))
+    return (json.dumps({**plain, _CHECKSUM: sha256_json(plain)}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_manifest(directory: Path, kind: str) -> Manifest:
     """Read the manifest of an artifact of the given kind.
 
     Raises:
-        ArtifactError: when it is missing, unreadable, of another kind, or of another format version.
+        ArtifactError: when it is missing, unreadable, altered, of another kind, or of another format version.
     """
     path = directory / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        checksum = raw.pop(_CHECKSUM, None) if isinstance(raw, dict) else None
         manifest = Manifest(**raw)
+        for part in (manifest.config, manifest.inputs, manifest.files, manifest.facts):
+            if not isinstance(part, dict):
+                raise TypeError(f"{part!r} stands where entries by name should")
     except FileNotFoundError:
         raise ArtifactError(f"`{directory}` holds no {kind}: {MANIFEST} is missing; make it first") from None
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
@@ -242,6 +340,11 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         raise ArtifactError(
             f"`{directory}` has format version {manifest.format_version}, this version reads {FORMAT_VERSION}; "
             f"make the {kind} again"
+        )
+    if checksum is not None and checksum != sha256_json(raw):
+        raise ArtifactError(
+            f"`{path}` was altered: its SHA-256 is {sha256_json(raw)}, and was {checksum} when it was written; make "
+            f"the {kind} again"
         )
     return manifest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from pretrain.files import (
     ArtifactError,
     HashingWriter,
     commit_directory,
+    lock_directory,
     read_manifest,
     remove_leftovers,
     replace_file,
@@ -81,6 +83,69 @@ def test_replacing_a_file_leaves_no_other(tmp_path: Path) -> None:
     replace_file(tmp_path / "a", b"1")
     replace_file(tmp_path / "a", b"2")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"2")]
+
+
+def test_a_failure_of_the_last_rename_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "made"
+    with commit_directory(target) as temporary:
+        write_bytes(temporary / "a", b"old")
+    plain = Path.rename
+
+    def rename(self: Path, to: Path) -> Path:
+        if self.name.startswith(".tmp-made"):
+            raise OSError(28, "No space left on device")
+        return plain(self, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="No space"), commit_directory(target, replace=True) as temporary:
+        write_bytes(temporary / "a", b"new")
+    assert (target / "a").read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_replacing_a_file_on_a_full_disk_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file(tmp_path / "a", b"1")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(tmp_path / "a", b"2")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"1")]
+
+
+_HOLD = """
+import sys
+from pathlib import Path
+from pretrain.files import lock_directory
+with lock_directory(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_owner_at_a_time_and_a_killed_one_is_none(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ArtifactError, match=rf"process {holder.pid} on .* works in .*name="), lock_directory(place):
+            pass
+        holder.kill()
+    assert (place / ".lock").exists()
+    with lock_directory(place), lock_directory(place):  # the second block is the same owner's
+        write_bytes(place / "made", b"1")
+        assert f"process {os.getpid()} " in (place / ".lock").read_text()
+    assert [path.name for path in place.iterdir()] == ["made"]
+
+
+def test_a_lock_leaves_no_empty_directory(tmp_path: Path) -> None:
+    with lock_directory(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_manifest_finds_every_change(tmp_path: Path) -> None:

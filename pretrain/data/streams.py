@@ -7,17 +7,13 @@ A line ends with `\\n`; its bytes, `\\r` too, stay as they are. A damaged compre
 
 from __future__ import annotations
 
-import gzip
 import io
-import lzma
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import zstandard
-
+from pretrain.data.compression import FrameStream
 from pretrain.data.sources import SourceFile
 
 BOM = b"\xef\xbb\xbf"
@@ -25,58 +21,18 @@ _BUFFER = 1 << 20
 _BLANK = b" \t\r\v\f"
 
 
-class _ZstdStream(io.RawIOBase):
-    """Zstandard frames one after another. The library's own stream ends quietly in a frame that was cut off."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._input = self._output = b""
-        self._in_frame = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._output:
-            if not self._input:
-                self._input = self._file.read(_BUFFER)
-            if not self._input:
-                if self._in_frame:
-                    raise EOFError("the last frame is cut off")
-                return 0
-            self._in_frame = True
-            self._output = self._frame.decompress(self._input)
-            self._input = b""
-            if self._frame.eof:
-                self._input = self._frame.unused_data
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-                self._in_frame = False
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-
 @contextmanager
 def open_bytes(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """Open a file: (the text's bytes, the file on the disk, whose position tells how far the reading is).
 
     Raises:
-        ValueError: when the compressed data is damaged, while it is read.
+        DamagedFileError: when the compressed data is damaged, while it is read.
     """
     with open(file.path, "rb", buffering=_BUFFER) as raw:
-        try:
-            if file.compression == "gz":
-                yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER), raw
-            elif file.compression == "xz":
-                yield lzma.open(raw), raw  # noqa: SIM115
-            elif file.compression == "zst":
-                yield io.BufferedReader(_ZstdStream(raw), _BUFFER), raw
-            else:
-                yield raw, raw
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            raise ValueError(f"`{file.name}`: the {file.compression} data is damaged ({error}); get it anew") from error
+        if file.compression is None:
+            yield raw, raw
+        else:
+            yield io.BufferedReader(FrameStream(raw, file.compression, file.name), _BUFFER), raw
 
 
 def first_bytes(stream: IO[bytes], most: int, file_format: str) -> IO[bytes]:

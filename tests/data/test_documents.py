@@ -29,9 +29,9 @@ from pretrain.data.documents import (
 )
 
 LINES = st.lists(
-    st.sampled_from(
-        [b"alpha", b"= head", b"", b"  ", b"\xff\xfe bad", "宋词 é".encode(), b"x" * 50, b"= \xff"]
-    ).flatmap(lambda text: st.sampled_from([text + b"\n", text + b"\r\n"])),
+    st.sampled_from([b"alpha", b"= head", b"", b"  ", b"\xfe bad", "宋词 é".encode(), b"x" * 50, b"= \xff"]).flatmap(
+        lambda text: st.sampled_from([text + b"\n", text + b"\r\n"])
+    ),
     max_size=14,
 ).map(b"".join)
 MODES = ["line", "paragraph", DocumentStart(start="^= ")]
@@ -39,7 +39,7 @@ MODES = ["line", "paragraph", DocumentStart(start="^= ")]
 
 def source(path: Path, data: bytes) -> SourceFile:
     path.write_bytes(data)
-    return resolve_sources([str(path)])[0]
+    return resolve_sources([str(path)], encoding="utf-8")[0]
 
 
 def ranges(total: int, cuts: list[int]) -> list[tuple[int, int]]:
@@ -166,9 +166,6 @@ def test_compressed_text_reads_the_same(tmp_path, suffix):
     assert [(document.text, document.position) for document in read_documents(file)] == expected
     assert units(file) == len(data)
     assert byte_ranges(file, 10) == [None]
-    cut = source(tmp_path / f"cut.jsonl{suffix}", pack(data)[:-20])
-    with pytest.raises(ValueError, match=r"cut.jsonl.*damaged"):
-        list(read_documents(cut))
 
 
 def test_tsv_has_no_quoting(tmp_path):
@@ -188,7 +185,7 @@ def test_tsv_has_no_quoting(tmp_path):
 )
 def test_a_missing_field_names_those_that_are_there(tmp_path, name, data):
     file = source(tmp_path / name, data)
-    with pytest.raises(ValueError, match=r"data.text_field: .* no field `text`; the fields are: body, id"):
+    with pytest.raises(ValueError, match=r"data.text_field.* no field `text`; the fields are: body, id"):
         list(read_documents(file))
     assert [document.text for document in read_documents(file, text_field="body")] == ["x"]
 
@@ -320,8 +317,7 @@ def test_sources_are_found_in_a_stable_order(tmp_path, monkeypatch):
     ("entries", "message"),
     [
         (["nowhere.txt"], "`nowhere.txt` names no file"),
-        (["https://example.org/a.txt"], "is a URL"),
-        (["a.bin"], "no known format"),
+        (["a.exe"], "no known format"),
         (["a.txt", "*.txt"], "comes twice, from `a.txt` and `\\*.txt`"),
         (["empty"], "holds no file of a known format"),
     ],
@@ -329,7 +325,7 @@ def test_sources_are_found_in_a_stable_order(tmp_path, monkeypatch):
 def test_wrong_entries_name_the_key(tmp_path, monkeypatch, entries, message):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("x")
-    Path("a.bin").write_text("x")
+    Path("a.exe").write_text("x")
     Path("empty").mkdir()
     with pytest.raises(ValueError, match=rf"data.validation: .*{message}"):
         resolve_sources(entries, key="data.validation")
