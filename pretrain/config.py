@@ -21,9 +21,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
 
-from pretrain.config_data import DataConfig, ValidationSplit
+from pretrain.config_data import SHARDS_KEYS, DataConfig, ValidationSplit
 from pretrain.config_text import ConfigError, describe_errors, dump_yaml, parse_yaml
-from pretrain.config_types import Amount, Beta, ImportPath, Interval, Positive, Section, Share, check_import_path
+from pretrain.config_types import (
+    Amount,
+    Beta,
+    ImportPath,
+    Interval,
+    Place,
+    Positive,
+    Section,
+    Share,
+    check_import_path,
+    redacted,
+)
 
 ENCODERS = ("bert", "modernbert")
 DECODERS = ("gpt2", "llama")
@@ -33,11 +44,17 @@ BUDGETS = ("tokens", "steps", "epochs", "minutes", "hours")
 class TokenizerConfig(Section):
     """How the vocabulary is made, or where an existing one lies."""
 
-    from_: str | None = Field(None, alias="from", description="existing tokenizer: a Hub name or a directory")
+    from_: Place | None = Field(
+        None, alias="from", description="existing tokenizer: a Hub name, a directory, or the URL of a run's tokenizer"
+    )
     algorithm: Literal["byte-bpe", "bpe", "wordpiece", "unigram", "bytes", "ids"] = Field(
         "byte-bpe", description="ids: the text is token ids in decimal, or the data has ready ids; nothing is trained"
     )
-    vocab_size: Positive = Field(32_768, description="ids in all, special tokens and padding included")
+    vocab_size: Positive = Field(
+        32_768,
+        description="ids in all, special tokens and padding included; algorithm ids: how many numbers, 0 ... N - 1, "
+        "before them",
+    )
     pad_to_multiple: Positive = Field(64, description="the vocabulary is padded up to a multiple of this")
     lowercase: StrictBool = Field(False, description="uncased: lower case before splitting")
     strip_accents: StrictBool = False
@@ -53,6 +70,18 @@ class TokenizerConfig(Section):
     def _existing_or_trained(self) -> Self:
         if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_"})):
             raise ValueError(f"`from` takes a tokenizer as it is, so `{given[0]}` has no effect; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _ids_learn_nothing(self) -> Self:
+        kept = {"from_", "algorithm", "vocab_size", "pad_to_multiple", "special_tokens"}
+        changed = [
+            name
+            for name in sorted(self.model_fields_set - kept)
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.algorithm == "ids" and changed:
+            raise ValueError(f"`{changed[0]}` has no effect with `algorithm: ids`, which learns nothing; remove it")
         return self
 
 
@@ -176,7 +205,7 @@ class TrainConfig(Section):
     gradient_checkpointing: StrictBool = False
     on_nonfinite: Literal["skip", "stop"] = Field("stop", description="what a NaN or infinite loss or gradient does")
     spike_sigma: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="a loss or gradient norm this many standard deviations above the window's mean is a spike"
+        None, description="a loss, or log of a gradient norm, so many standard deviations above its mean is a spike"
     )
     spike_window: Annotated[int, Field(ge=8)] = Field(128, description="steps that a spike is measured against")
     on_spike: Literal["skip", "stop", "log"] = "skip"
@@ -345,7 +374,7 @@ def config_from_dict(raw: Mapping[str, Any], origin: str = "configuration") -> R
         return RunConfig.model_validate(_tuples(raw))
     except ValidationError as error:
         lines = describe_errors(error, known_keys())
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+        raise ConfigError("\n".join(f"{origin}: {redacted(line)}" for line in lines)) from None
 
 
 def _tuples(value: Any) -> Any:
@@ -392,6 +421,10 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
         plain["schedule"].pop("decay")
     if config.optimizer.name != "muon":
         plain["optimizer"].pop("momentum")
+    if config.data.from_ is not None:
+        plain["data"] = {key: value for key, value in plain["data"].items() if key in SHARDS_KEYS | {"from"}}
+        return plain
+    plain["data"].pop("from")
     if isinstance(config.data.validation, ValidationSplit):
         plain["data"]["validation"] = config.data.validation.model_dump(exclude_none=True)
     return plain

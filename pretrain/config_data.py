@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StrictBool, model_validator
 
-from pretrain.config_types import Amount, OpenShare, Positive, Section, Share
+from pretrain.config_types import Amount, OpenShare, Place, Positive, Section, Share, redacted
 
 Encoding = Literal["auto", "utf-8", "utf-16", "utf-32", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252"]
 _MOST_WEIGHT = 1 << 31
@@ -37,10 +37,10 @@ def integer_weights(weights: dict[str, float]) -> dict[str, int]:
 
 
 class Source(Section):
-    """A named part of the data: files, globs, directories, hub:NAME, or the embedded corpus."""
+    """A named part of the data: files, globs, directories, URLs, hub:NAME, or the embedded corpus."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    files: tuple[str, ...] = Field(min_length=1)
+    files: tuple[Place, ...] = Field(min_length=1)
     weight: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="share of the rows, relative to the other sources; all have one, or none has"
     )
@@ -96,7 +96,7 @@ class Decontamination(Section):
     """Training documents that share `ngrams` words in a row with a held-out text are left out."""
 
     ngrams: Annotated[int, Field(ge=5)] = 13
-    files: tuple[str, ...] = Field((), description="evaluation texts; the validation documents are always compared")
+    files: tuple[Place, ...] = Field((), description="evaluation texts; the validation documents are always compared")
 
 
 class Executor(Section):
@@ -135,12 +135,18 @@ class ValidationSplit(Section):
         return self
 
 
+SHARDS_KEYS = frozenset({"from_", "sequence_length", "max_documents_per_row", "workers", "verify"})
+"""Keys of `data` that mean something beside `from`."""
+
+
 class DataConfig(Section):
     """The text and how it becomes rows of tokens."""
 
-    train: tuple[str | Source, ...] = Field(
-        min_length=1,
-        description="files, globs, directories, URLs, hub:NAME[/CONFIG], or python-stdlib (the embedded corpus)",
+    train: tuple[Place | Source, ...] = Field(
+        (), description="files, globs, directories, URLs, hub:NAME[/CONFIG], or python-stdlib (the embedded corpus)"
+    )
+    from_: Place | None = Field(
+        None, alias="from", description="prepared shards to use instead: a run's data directory, or the URL of one"
     )
     phases: tuple[Phase, ...] = Field((), description="other weights in other parts of the run")
     document: Literal["auto", "row", "file", "line", "paragraph"] | DocumentStart = "auto"
@@ -152,7 +158,7 @@ class DataConfig(Section):
     filters: tuple[FilterStep, ...] = Field((), description="documents to keep, by datatrove's filters, in order")
     dedup: Literal["exact", "minhash"] | Deduplication | None = None
     decontaminate: StrictBool | Decontamination = False
-    validation: ValidationSplit | tuple[str | Source, ...] = Field(
+    validation: ValidationSplit | tuple[Place | Source, ...] = Field(
         default_factory=lambda: ValidationSplit(fraction=0.02), validate_default=True
     )
     sequence_length: Annotated[int, Field(ge=8)] = 1024
@@ -167,12 +173,29 @@ class DataConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _text_or_shards(self) -> Self:
+        if self.from_ is None and not self.train:
+            raise ValueError("give data.train (files, globs, URLs, hub:NAME) or data.from (prepared shards)")
+        given = sorted(self.model_fields_set - SHARDS_KEYS)
+        if self.from_ is not None and given:
+            raise ValueError(f"`from` takes prepared shards as they are, so `{given[0]}` has no effect; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _ready_ids_have_no_text(self) -> Self:
+        needs_text = {"filters": self.filters, "dedup": self.dedup, "decontaminate": self.decontaminate}
+        if self.ids_field is not None and (given := [key for key, value in needs_text.items() if value]):
+            raise ValueError(f"`{given[0]}` works on text, and `ids_field: {self.ids_field}` gives none; remove one")
+        return self
+
+    @model_validator(mode="after")
     def _weights_fit(self) -> Self:
         weighted = self.weights
         unweighted = [entry if isinstance(entry, str) else entry.name for entry in self.train]
         unweighted = [name for name in unweighted if name not in weighted]
         if (weighted or self.phases) and (bare := [entry for entry in self.train if isinstance(entry, str)]):
-            raise ValueError(f"train: `{bare[0]}` has no name and weight; write {{name: ..., files: [...], weight: 1}}")
+            shown = redacted(bare[0])
+            raise ValueError(f"train: `{shown}` has no name and weight; write {{name: ..., files: [...], weight: 1}}")
         if weighted and unweighted:
             raise ValueError(f"train: `{unweighted[0]}` has no weight, `{next(iter(weighted))}` has; give all one")
         names = [entry.name for entry in self.train if isinstance(entry, Source)]

@@ -8,7 +8,20 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+# What may not be written down: user:password@ of a URL, and the parameters that carry a signature, a key or a token.
+_USER = re.compile(r"(\w://)[^/\s@`'\"]+@")
+_SECRET = re.compile(
+    r"([?&;](?:x-(?:amz|goog|ms)-[\w-]*|[\w.-]*(?:token|secret|passw|pwd|auth|cred|signature|api_?key|accesskey)[\w.-]*"
+    r"|sig|key|jwt|sas|code|policy|key-pair-id|expires)=)[^&;#\s`'\"]*",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: str) -> str:
+    """The text with `***` in place of what must stay secret in the URLs in it: passwords, keys, tokens, signatures."""
+    return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
 
 
 def _check_amount(value: object) -> str | int:
@@ -40,6 +53,8 @@ Amount = Annotated[
 ]
 Interval = Annotated[Amount, AfterValidator(_check_interval)]
 ImportPath = Annotated[str, AfterValidator(check_import_path)]
+Place = Annotated[str, PlainSerializer(redacted, return_type=str, when_used="json")]
+"""A path or a URL; what is written of it holds no password, key, token or signature."""
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -22,14 +22,26 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from pretrain.config import RunConfig, TokenizerConfig
 from pretrain.config_data import DocumentStart, Source, ValidationSplit
+from pretrain.config_types import redacted
 from pretrain.data.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
+from pretrain.data.remote import below, is_url
 from pretrain.data.shards import TRAIN
-from pretrain.data.sources import SourceFile, digest_of_files, first_files, hash_files
+from pretrain.data.shared import take_artifact
+from pretrain.data.sources import (
+    TOKEN_FORMATS,
+    SourceFile,
+    digest_of_files,
+    fetch_files,
+    first_files,
+    hash_files,
+    state_of,
+)
 from pretrain.data.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text
 from pretrain.data.vocabulary import read_vocabulary
 from pretrain.files import (
     ArtifactError,
     commit_directory,
+    owning_directory,
     read_manifest,
     remove_leftovers,
     sha256_file,
@@ -39,7 +51,14 @@ from pretrain.files import (
     write_json,
     write_manifest,
 )
-from pretrain.tokenization import TokenizerReport, draw_sample, fit_tokenizer, measure_tokenizer, write_tokenizer
+from pretrain.tokenization import (
+    TokenizerReport,
+    bare_tokenizer,
+    draw_sample,
+    fit_tokenizer,
+    measure_tokenizer,
+    write_tokenizer,
+)
 from pretrain.tokenization.report import REPORT_BYTES
 
 _log = logging.getLogger(__name__)
@@ -48,6 +67,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 _BORDERS = {"encoder": ("cls_token", "sep_token"), "decoder": ("eos_token",)}  # what prepared rows put around text
 
 
+@owning_directory
 def train_tokenizer(config: RunConfig, *, max_bytes: int | None = None, console: Console | None = None) -> Path:
     """Make `<out>/<name>/tokenizer`, or leave it when it is made and unchanged; return its path.
 
@@ -76,7 +96,14 @@ def train_tokenizer(config: RunConfig, *, max_bytes: int | None = None, console:
             take_tokenizer(tokenizer.from_, temporary, objective=config.objective.kind, kind=config.kind)
             _manifest(config, temporary, None, max_bytes, console)
         return directory
-    files = resolve_sources(config.data.train)
+    if tokenizer.algorithm == "ids":
+        with commit_directory(directory, replace=True) as temporary:
+            bare = bare_tokenizer(tokenizer, _architecture(config))
+            write_tokenizer(temporary, bare, model_max_length=_max_length(config))
+            _manifest(config, temporary, None, max_bytes, console)
+        return directory
+    files = _text_files(config)
+    fetch_files(files if max_bytes is None else first_files(files, max_bytes), console)
     with commit_directory(directory, replace=True) as temporary:
         report = make_tokenizer(
             tokenizer,
@@ -156,12 +183,17 @@ def take_tokenizer(source: str, directory: Path, *, objective: str, kind: str | 
     """
     from transformers import AutoTokenizer
 
+    remote = is_url(source)
+    if remote:
+        take_artifact(source, directory, KIND)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(directory if remote else source)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer.from: `{source}` cannot be loaded as a tokenizer: {error}") from error
+        raise ValueError(f"tokenizer.from: `{redacted(source)}` cannot be loaded as a tokenizer: {error}") from error
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer.from: `{source}` has no tokenizer.json; convert it to a fast tokenizer first")
+        raise ValueError(
+            f"tokenizer.from: `{redacted(source)}` has no tokenizer.json; convert it to a fast tokenizer first"
+        )
     kind = kind or {"mlm": "encoder", "causal": "decoder"}.get(objective)
     borders = [roles for name, roles in _BORDERS.items() if kind in (name, None)]
     missing: list[str] = []
@@ -172,9 +204,17 @@ def take_tokenizer(source: str, directory: Path, *, objective: str, kind: str | 
         missing.append(f"no {wanted}, which {'an ' + kind if kind == 'encoder' else 'a ' + (kind or 'model')} needs")
     if missing:
         raise ValueError(
-            f"tokenizer.from: `{source}` has {', and '.join(missing)}; "
+            f"tokenizer.from: `{redacted(source)}` has {', and '.join(missing)}; "
             "add it with tokenizer.add_special_tokens and save_pretrained, and name that directory"
         )
+    if not remote and _is_ours(source):  # byte for byte, so that shards which were made with it fit
+        take_artifact(source, directory, KIND)
+    elif not remote:
+        _save(tokenizer, directory)
+
+
+def _save(tokenizer: Any, directory: Path) -> None:
+    """Write a loaded tokenizer so that transformers 4.57 and 5 read it, flushed to the disk."""
     tokenizer.save_pretrained(directory)
     written = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
     if written.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4.57 does not know
@@ -186,6 +226,15 @@ def take_tokenizer(source: str, directory: Path, *, objective: str, kind: str | 
             write_json(path, written)
         else:
             write_bytes(path, path.read_bytes())
+
+
+def _is_ours(source: str) -> bool:
+    """Whether it is a tokenizer that a run made."""
+    try:
+        read_manifest(Path(source), KIND)
+    except ArtifactError:
+        return False
+    return True
 
 
 # --- stale or not ---------------------------------------------------------------------------------------------------
@@ -225,8 +274,10 @@ def _deciding(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
     """The part of the configuration that decides the tokenizer."""
     tokenizer = _effective(config)
     if tokenizer.from_ is not None:
-        return {"from": tokenizer.from_, "objective": config.objective.kind}
+        return {"from": redacted(tokenizer.from_), "objective": config.objective.kind}
     plain: dict[str, Any] = tokenizer.model_dump(mode="json", by_alias=True, exclude={"from_"})
+    if tokenizer.algorithm == "ids":
+        return {**plain, "architecture": _architecture(config), "model_max_length": _max_length(config)}
     data = config.data.model_dump(mode="json")
     named_files = not isinstance(config.data.validation, ValidationSplit)
     return {
@@ -261,35 +312,54 @@ def _max_length(config: RunConfig) -> int:
     return config.model.max_position_embeddings or config.data.sequence_length
 
 
-def _sources(config: RunConfig, max_bytes: int | None = None) -> list[tuple[str, Path]]:
-    """Names and places of the files that the tokenizer is made from (the first `max_bytes`); Hub names have none."""
+def _text_files(config: RunConfig) -> list[SourceFile]:
+    """The files of text that are trained on, not downloaded yet.
+
+    Raises:
+        ValueError: when there are none, as of ready ids.
+    """
+    data = config.data
+    files = resolve_sources(data.train, encoding=data.encoding, download=False) if data.ids_field is None else []
+    files = [file for file in files if file.format not in TOKEN_FORMATS]
+    if not files:
+        keys = {"data.from": data.from_, "data.ids_field": data.ids_field}
+        key = next((name for name, value in keys.items() if value is not None), "data.train")
+        raise ValueError(
+            f"tokenizer: {key} gives ready ids and no text to train one on; give tokenizer.from: the tokenizer that "
+            "they were made with, or `tokenizer: {algorithm: ids, vocab_size: N}` for ids that stand for no text"
+        )
+    return files
+
+
+def _sources(config: RunConfig, max_bytes: int | None = None) -> list[SourceFile]:
+    """The files that the tokenizer is made from (the first `max_bytes`); Hub names have none."""
     tokenizer = _effective(config)
+    if tokenizer.from_ is not None and is_url(tokenizer.from_):
+        return resolve_sources([below(tokenizer.from_, "tokenizer.json")], key="tokenizer.from", download=False)
     if tokenizer.from_ is not None:
         directory = Path(tokenizer.from_)
         paths = sorted(directory.glob("*token*.json")) if directory.is_dir() else []
-        return [(path.name, path) for path in paths]
-    if tokenizer.algorithm == "bytes":
+        return [SourceFile(path.name, str(path), "txt", path.stat().st_size) for path in paths]
+    if tokenizer.algorithm in ("bytes", "ids"):
         return []
-    files = resolve_sources(config.data.train)
+    files = _text_files(config)
     files = files if max_bytes is None else first_files(files, max_bytes)
-    return [(file.name, Path(file.path)) for file in files if file.format != "hub"]
+    return [file for file in files if file.format != "hub"]
 
 
 def _sources_state(config: RunConfig) -> str:
-    stats = [(name, path.stat()) for name, path in _sources(config)]
-    return sha256_json([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+    return sha256_json([[file.name, state_of(file)] for file in _sources(config)])
 
 
 def _inputs(config: RunConfig, max_bytes: int | None, console: Console | None) -> dict[str, str]:
     sources = _sources(config, max_bytes)
+    fetch_files(sources, console)
     with _progress(console) as progress:
-        sizes = [
-            path.stat().st_size if max_bytes is None else min(path.stat().st_size, max_bytes) for _, path in sources
-        ]
+        sizes = [file.bytes if max_bytes is None else min(file.bytes, max_bytes) for file in sources]
         task = progress.add_task("hashing the text", total=sum(sizes))
-        paths = [str(path) for _, path in sources]
+        paths = [file.path for file in sources]
         digests = hash_files(paths, max_bytes=max_bytes, told=lambda size: progress.advance(task, size))
-    return {"sources": digest_of_files((name, digest) for (name, _), digest in zip(sources, digests, strict=True))}
+    return {"sources": digest_of_files((file.name, digest) for file, digest in zip(sources, digests, strict=True))}
 
 
 def _manifest(

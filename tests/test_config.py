@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.changes import _DECIDES
+from pretrain.changes import RULES
 from pretrain.config import (
     BUDGETS,
     DECODERS,
@@ -168,8 +168,8 @@ def test_texts_that_look_like_numbers_survive_the_copy(text: str) -> None:
 def test_every_key_says_what_it_decides() -> None:
     """A new key must be placed: a change that nobody placed would count as touching everything."""
     sections = {key.split(".")[0] for key in known_keys(RunConfig)}
-    assert {prefix.split(".")[0] for prefix in _DECIDES} == sections
-    assert set(_DECIDES) <= set(known_keys(RunConfig))
+    assert {prefix.split(".")[0] for prefix in RULES} == sections
+    assert set(RULES) <= set(known_keys(RunConfig))
 
 
 def test_model_keys_are_the_models_own() -> None:

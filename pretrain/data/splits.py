@@ -21,13 +21,14 @@ Split = Callable[[Document], Iterator[tuple[str, Document]]]
 _KEY = b"pretrain validation split, seed %d"
 
 
-def is_held_out(text: str, fraction: float, seed: int = 0) -> bool:
-    """Whether a keyed hash of the text (BLAKE2b, 64 bits) falls below `fraction`.
+def is_held_out(text: str | bytes, fraction: float, seed: int = 0) -> bool:
+    """Whether a keyed hash of the text, or of ready ids (BLAKE2b, 64 bits), falls below `fraction`.
 
     A text is on the same side whatever file, order or machine it comes from, so a repeated one is never on both.
     The seed is a part of the key; it is not the seed of training, so that runs with several seeds share their data.
     """
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=_KEY % seed).digest()
+    data = text if isinstance(text, bytes) else text.encode("utf-8")
+    digest = hashlib.blake2b(data, digest_size=8, key=_KEY % seed).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
@@ -35,7 +36,8 @@ def by_fraction(fraction: float) -> Split:
     """Hold out about `fraction` of the documents."""
 
     def split(document: Document) -> Iterator[tuple[str, Document]]:
-        yield VALIDATION if is_held_out(document.text, fraction) else TRAIN, document
+        key = document.text if document.ids is None else document.ids
+        yield VALIDATION if is_held_out(key, fraction) else TRAIN, document
 
     return split
 
@@ -57,6 +59,9 @@ def by_tail_of_text(tail: float) -> Split:
     """
 
     def split(document: Document) -> Iterator[tuple[str, Document]]:
+        if document.ids is not None:
+            yield from _cut_ids(document, document.ids, tail)
+            return
         data = document.text.encode("utf-8")
         cut = int(len(data) * (1.0 - tail))
         while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:
@@ -66,6 +71,13 @@ def by_tail_of_text(tail: float) -> Split:
                 yield name, Document(part.decode("utf-8"), document.file, document.position + start)
 
     return split
+
+
+def _cut_ids(document: Document, ids: bytes, tail: float) -> Iterator[tuple[str, Document]]:
+    cut = int(len(ids) // 4 * (1.0 - tail))
+    for name, start, part in ((TRAIN, 0, ids[: 4 * cut]), (VALIDATION, cut, ids[4 * cut :])):
+        if part:
+            yield name, Document("", document.file, document.position + start, part)
 
 
 def of_source(split: Split, source: str) -> Split:

@@ -96,3 +96,70 @@ def read_vocabulary(directory: Path) -> SpecialIds:
             raise ArtifactError(f"`{directory}`: {role}_token `{content}` is not in the vocabulary")
     special = {token["id"] for token in added.values() if token["special"]} | set(roles.values())
     return SpecialIds(size, tuple(sorted(special)), **roles)
+
+
+@dataclass(frozen=True)
+class ReadyIds:
+    """How ready token ids become documents under a vocabulary.
+
+    Packing puts its own special tokens around documents. So one BOS or CLS at the start of ready ids and one EOS or SEP
+    at their end are taken off, and padding at both ends where padding is no such token.
+
+    `separator` is the id that parts the documents of a file without an index; `field` the column or key of ready ids;
+    `numbers`, for a bare vocabulary, how many numbers it has: then text is numbers with white space between them.
+    """
+
+    vocab_size: int
+    opening: frozenset[int] = frozenset()
+    closing: frozenset[int] = frozenset()
+    pad: int | None = None
+    separator: int | None = None
+    field: str | None = None
+    numbers: int | None = None
+
+    @classmethod
+    def of(cls, directory: Path, field: str | None = None) -> ReadyIds:
+        """Under the tokenizer in a directory; errors as of `read_vocabulary`."""
+        tokens = read_vocabulary(directory)
+        opening = frozenset(token for token in (tokens.bos, tokens.cls) if token is not None)
+        closing = frozenset(token for token in (tokens.eos, tokens.sep) if token is not None)
+        return cls(
+            tokens.vocab_size,
+            opening,
+            closing,
+            pad=None if tokens.pad in {*opening, *closing, tokens.unk} else tokens.pad,
+            separator=tokens.eos if tokens.eos is not None else tokens.sep,
+            field=field,
+            numbers=_numbers_of(directory),
+        )
+
+    def problem(self, ids: npt.NDArray[Any]) -> tuple[int, str] | None:
+        """The place of the first id that is none of the vocabulary, and what is wrong with it; None when all are."""
+        if not len(ids) or (ids.min() >= 0 and ids.max() < self.vocab_size):
+            return None
+        place = int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])
+        return place, f"id {ids[place]} is beyond the vocabulary of {self.vocab_size}"
+
+    def payload(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The ids (T,) without what packing puts around them."""
+        start, end = 0, len(ids)
+        if self.pad is not None and end and self.pad in (ids[0], ids[-1]):
+            filled = np.flatnonzero(ids != self.pad)
+            start, end = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
+        if start < end and int(ids[start]) in self.opening:
+            start += 1
+        if start < end and int(ids[end - 1]) in self.closing:
+            end -= 1
+        return ids[start:end]
+
+
+def _numbers_of(directory: Path) -> int | None:
+    """How many numbers a bare vocabulary has; None for a tokenizer that text was learnt for."""
+    model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    if model.get("type") != "WordLevel":
+        return None
+    vocabulary = model["vocab"]
+    numbers = 0
+    while vocabulary.get(str(numbers)) == numbers:
+        numbers += 1
+    return numbers or None

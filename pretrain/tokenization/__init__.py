@@ -7,7 +7,7 @@ configurations beyond the `tokenizer` section.
 from .algorithms import SpecialTokens, model_input_names, special_tokens_for
 from .report import TokenizerReport, measure_tokenizer
 from .sample import TextDocument, TextSample, draw_sample
-from .train import TrainedTokenizer, fit_tokenizer, write_tokenizer
+from .train import TrainedTokenizer, bare_tokenizer, fit_tokenizer, write_tokenizer
 
 __all__ = [
     "SpecialTokens",
@@ -15,6 +15,7 @@ __all__ = [
     "TextSample",
     "TokenizerReport",
     "TrainedTokenizer",
+    "bare_tokenizer",
     "draw_sample",
     "fit_tokenizer",
     "measure_tokenizer",

@@ -1,4 +1,4 @@
-"""The five algorithms as untrained parts: special tokens, normalizer, pre-tokenizer, decoder, post-processor, model.
+"""The six algorithms as untrained parts: special tokens, normalizer, pre-tokenizer, decoder, post-processor, model.
 
 What lives here: everything that decides ids apart from the learnt vocabulary, and `assemble`, which puts a learnt
 vocabulary and these parts together. What must not: reading text, counting, training, writing files.
@@ -11,6 +11,8 @@ Choices, all of them visible in the `tokenizer.json` that results:
 * unigram   as bpe, with a unigram language model in the place of merges.
 * wordpiece BERT's normalizer, pre-tokenizer and longest-match-first encoding; an unknown word is one unknown token.
 * bytes     one id a byte, in byte order, no merges.
+* ids       the text is numbers with white space between them, and number n has id n; nothing is learnt. For sequences
+            that are no text (DNA, music, states) and for data of ready ids.
 """
 
 from __future__ import annotations
@@ -44,11 +46,12 @@ _BETWEEN_HAN = "(?<=[\\p{Han}\u3000-\u303f\uff00-\uff65]) (?=[\\p{Han}\u3000-\u3
 class SpecialTokens:
     """Special tokens in the order of their ids, and the role each one has in `transformers`.
 
-    `tokens[i]` has id `i`. `roles` maps attribute names such as `pad_token` to tokens; further tokens have no role.
+    `tokens[i]` has id `first + i`. `roles` maps names such as `pad_token` to tokens; further tokens have none.
     """
 
     tokens: tuple[str, ...]
     roles: Mapping[str, str]
+    first: int = 0
 
     def with_more(self, tokens: Sequence[str]) -> SpecialTokens:
         """The same, followed by further tokens without a role.
@@ -62,12 +65,12 @@ class SpecialTokens:
                     f"tokenizer.special_tokens: `{token}` is empty or stands twice (there already: "
                     f"{', '.join(self.tokens)}); remove it"
                 )
-        return SpecialTokens((*self.tokens, *tokens), self.roles)
+        return SpecialTokens((*self.tokens, *tokens), self.roles, self.first)
 
     def id_of(self, role: str) -> int | None:
         """The id of a role such as `mask_token`; None when there is no such token."""
         token = self.roles.get(role)
-        return None if token is None else self.tokens.index(token)
+        return None if token is None else self.first + self.tokens.index(token)
 
 
 _ENCODER = SpecialTokens(
@@ -109,8 +112,10 @@ def special_tokens_for(architecture: str) -> SpecialTokens:
 def special_tokens_of(config: TokenizerConfig, architecture: str) -> SpecialTokens:
     """The architecture's special tokens, an unknown token where the algorithm needs one, then the user's own."""
     special = special_tokens_for(architecture)
-    if config.algorithm in ("wordpiece", "unigram") and "unk_token" not in special.roles:
+    if config.algorithm in ("wordpiece", "unigram", "ids") and "unk_token" not in special.roles:
         special = SpecialTokens((*special.tokens, "<|unk|>"), {**special.roles, "unk_token": "<|unk|>"})
+    if config.algorithm == "ids":  # the numbers come first, so that each is its own id
+        special = SpecialTokens(special.tokens, special.roles, first=config.vocab_size)
     return special.with_more(config.special_tokens)
 
 
@@ -159,6 +164,8 @@ def normalizer_of(config: TokenizerConfig) -> normalizers.Normalizer | None:
 def pre_tokenizer_of(config: TokenizerConfig) -> pre_tokenizers.PreTokenizer:
     """How text falls into words: digits and Chinese characters first, then the algorithm's own pattern."""
     steps: list[pre_tokenizers.PreTokenizer] = []
+    if config.algorithm == "ids":
+        return pre_tokenizers.WhitespaceSplit()
     if config.algorithm == "bytes":  # ids do not depend on the words here; short words keep encoding fast
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if config.digits == "single":
@@ -177,8 +184,10 @@ def pre_tokenizer_of(config: TokenizerConfig) -> pre_tokenizers.PreTokenizer:
     return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
 
 
-def decoder_of(config: TokenizerConfig) -> decoders.Decoder:
-    """How ids become text again."""
+def decoder_of(config: TokenizerConfig) -> decoders.Decoder | None:
+    """How ids become text again; None puts a space between tokens."""
+    if config.algorithm == "ids":
+        return None
     if config.algorithm in ("byte-bpe", "bytes"):
         return decoders.ByteLevel()
     if config.algorithm == "wordpiece":
@@ -236,10 +245,11 @@ def assemble(config: TokenizerConfig, architecture: str, special: SpecialTokens,
     """Put a learnt model and the parts together; the special tokens (and padding) must be in the model's vocabulary."""
     tokenizer = untrained_tokenizer(config)
     tokenizer.model = model
-    tokenizer.decoder = decoder_of(config)
+    if (decoder := decoder_of(config)) is not None:
+        tokenizer.decoder = decoder
     tokenizer.post_processor = post_processor_of(config, architecture, special)
     # The mask stands for a word and for the space that the word carries, so it takes the space before it.
-    mask = special.roles.get("mask_token") if config.algorithm != "wordpiece" else None
+    mask = special.roles.get("mask_token") if config.algorithm not in ("wordpiece", "ids") else None
     tokenizer.add_special_tokens(
         [AddedToken(token, lstrip=token == mask, normalized=False, special=True) for token in special.tokens]
     )

@@ -65,11 +65,14 @@ def fit_tokenizer(config: TokenizerConfig, sample: TextSample, architecture: str
     """Train the algorithm that `config` names on the sample.
 
     `len(tokenizer)` is `config.vocab_size` rounded up to `pad_to_multiple`, or less when the text has no more tokens
-    to learn (`notes` says so); tokens `<|unused0|>`, ... fill it up. For `bytes` it is 256 and the special tokens.
+    to learn (`notes` says so); tokens `<|unused0|>`, ... fill it up. For `bytes` it is 256 and the special tokens, for
+    `ids` the numbers 0 to `config.vocab_size` - 1 and after them the special tokens: the sample is not read.
 
     Raises:
         ValueError: when the vocabulary cannot hold the special tokens and the alphabet.
     """
+    if config.algorithm == "ids":
+        return bare_tokenizer(config, architecture)
     special = special_tokens_of(config, architecture)
     size = _round_up(config.vocab_size, config.pad_to_multiple)
     _check_size(config, special, size)
@@ -91,9 +94,7 @@ def fit_tokenizer(config: TokenizerConfig, sample: TextSample, architecture: str
     notes += _notes(config, learnt, size)
     tokens += [f"<|unused{number}|>" for number in range(_round_up(learnt, config.pad_to_multiple) - learnt)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        double = next(token for token, count in Counter(tokens).items() if count > 1)
-        raise ValueError(f"tokenizer.special_tokens: `{double}` is also a reserved token or a byte; rename it")
+    _refuse_double(tokens)
     model: models.Model
     if config.algorithm == "unigram":
         scored = [(token, scores.get(token, _RESERVED_SCORE)) for token in tokens]
@@ -107,6 +108,28 @@ def fit_tokenizer(config: TokenizerConfig, sample: TextSample, architecture: str
     for note in notes:
         _log.warning(note)
     return TrainedTokenizer(tokenizer, special, architecture, len(tokens), learnt, notes)
+
+
+def bare_tokenizer(config: TokenizerConfig, architecture: str) -> TrainedTokenizer:
+    """A vocabulary of numbers: `0` to `config.vocab_size` - 1, each its own id, then the special tokens, then padding.
+
+    Text is numbers with white space between them; any other word is the unknown token.
+    """
+    special = special_tokens_of(config, architecture)
+    tokens = [*map(str, range(config.vocab_size)), *special.tokens]
+    learnt = len(tokens)
+    tokens += [f"<|unused{number}|>" for number in range(_round_up(learnt, config.pad_to_multiple) - learnt)]
+    _refuse_double(tokens)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = assemble(config, architecture, special, models.WordLevel(vocabulary, special.roles["unk_token"]))
+    tokenizer.add_special_tokens(tokens[learnt:])
+    return TrainedTokenizer(tokenizer, special, architecture, len(tokens), learnt, ())
+
+
+def _refuse_double(tokens: Sequence[str]) -> None:
+    double = next((token for token, count in Counter(tokens).items() if count > 1), None)
+    if double is not None:
+        raise ValueError(f"tokenizer.special_tokens: `{double}` is also a reserved token or a byte; rename it")
 
 
 def _round_up(number: int, multiple: int) -> int:
