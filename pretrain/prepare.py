@@ -34,13 +34,20 @@ from rich.progress import (
 )
 
 from pretrain.config import RunConfig
+from pretrain.config_data import Executor
 from pretrain.data.batches import LoadedSplit, layout_of
-from pretrain.data.executors import run_parts
+from pretrain.data.decontamination import evaluation_files
+from pretrain.data.executors import check_executor, run_parts
+from pretrain.data.kept_out import describe
 from pretrain.data.parts import Plan, input_files, make_plan
-from pretrain.data.sources import SourceFile, first_files
+from pretrain.data.passes import Pass, finished_parts, make_ready, passes_of
+from pretrain.data.problems import describe_problems
+from pretrain.data.shared import is_unchanged, take_data
+from pretrain.data.sieve import DECONTAMINATE, check_steps, inputs_of, with_steps
+from pretrain.data.sources import SourceFile, fetch_files, first_files, state_of
+from pretrain.data.token_files import refuse_text_steps
 from pretrain.data.unfinished import (
     finish,
-    is_finished,
     start_or_go_on,
     start_progress,
 )
@@ -48,6 +55,7 @@ from pretrain.data.vocabulary import read_vocabulary
 from pretrain.files import (
     ArtifactError,
     Manifest,
+    owning_directory,
     read_manifest,
     sync_directory,
     verify_manifest,
@@ -69,6 +77,7 @@ _WITHOUT_EFFECT = {
 """Keys of the data section that do not decide the shards; the weights of sources do not either."""
 
 
+@owning_directory
 def prepare_data(
     config: RunConfig, *, max_bytes: int | None = None, console: Console | None = None, report: Report | None = None
 ) -> Path:
@@ -85,6 +94,8 @@ def prepare_data(
 
     Raises:
         ArtifactError: when the tokenizer is missing or altered, or the directory holds data of another configuration.
+        SubmittedError: when the work was handed to Slurm; the same call collects the result.
+        ChildProcessError: when a worker was killed; names the part and the remedy.
         ValueError: when the text cannot be read as configured, or a split would be empty; names the key.
     """
     directory, work = config.directory / "data", config.directory / "data.unfinished"
@@ -94,12 +105,20 @@ def prepare_data(
         raise ArtifactError(
             f"`{directory}` holds data of another configuration, text or tokenizer; give another name=, or remove it"
         )
+    check_data(config)
     tokenizer = config.directory / "tokenizer"
     manifest = read_manifest(tokenizer, "tokenizer")
     verify_manifest(tokenizer, manifest)
+    if config.data.from_ is not None:
+        deciding = _config_of(config, max_bytes)
+        made = take_data(config.data.from_, directory, tokenizer=manifest.digest, config=deciding, console=console)
+        _summarise(config, made, console)
+        return directory
     vocabulary = read_vocabulary(tokenizer)
-    files = input_files(config.data)
-    seen = _seen(files)
+    files = input_files(config.data, download=False)
+    refuse_text_steps(config.data, chain.from_iterable(files.values()))
+    _fetch(files, max_bytes, console)
+    seen = _seen({**files, DECONTAMINATE: evaluation_files(config.data.decontamination)})
     with _hashing(files, max_bytes, console) as told:
         plan = make_plan(
             config.data,
@@ -110,16 +129,34 @@ def prepare_data(
             max_bytes=max_bytes,
             told=told,
         )
+        plan = with_steps(plan, config.data, told)
     start_or_go_on(work, plan)
-    finished = [number for number, part in enumerate(plan.parts) if is_finished(work, part)]
-    if len(finished) < len(plan.parts):
-        _work_on(work, plan, finished, _workers(config), console, report)
+    for one in passes_of(plan):
+        make_ready(work, plan, one, evaluation_files(config.data.decontamination))
+        finished = finished_parts(work, plan, one)
+        if len(finished) < len(plan.parts):
+            _work_on(work, plan, one, finished, config, console, report)
     made = finish(work, plan, vocabulary, config=_config_of(config, max_bytes), seen=seen)
     (work / "data").rename(directory)
     sync_directory(directory.parent)
     shutil.rmtree(work)
     _summarise(config, made, console)
     return directory
+
+
+def check_data(config: RunConfig) -> None:
+    """Refuse what cannot work before anything is made: filters, evaluation files, the executor and its options.
+
+    Raises:
+        ValueError: names the key.
+    """
+    check_steps(config.data)
+    check_executor(_executor(config))
+
+
+def _executor(config: RunConfig) -> Executor:
+    wanted = config.data.executor
+    return Executor(kind=wanted) if isinstance(wanted, str) else wanted
 
 
 def is_prepared(config: RunConfig, *, max_bytes: int | None = None, console: Console | None = None) -> bool:
@@ -134,9 +171,12 @@ def is_prepared(config: RunConfig, *, max_bytes: int | None = None, console: Con
         return False
     if made.config != _config_of(config, max_bytes) or made.inputs.get("tokenizer") != tokenizer:
         return False
-    files = input_files(config.data)
-    if made.facts["inputs_seen"] == _seen(files):
+    if config.data.from_ is not None:
+        return is_unchanged(config.data.from_, made.inputs["from"])
+    files = input_files(config.data, download=False)
+    if made.facts["inputs_seen"] == _seen({**files, DECONTAMINATE: evaluation_files(config.data.decontamination)}):
         return True
+    _fetch(files, max_bytes, console)
     with _hashing(files, max_bytes, console) as told:
         plan = make_plan(
             config.data,
@@ -147,7 +187,8 @@ def is_prepared(config: RunConfig, *, max_bytes: int | None = None, console: Con
             max_bytes=max_bytes,
             told=told,
         )
-    return made.inputs == {**plan.inputs(), "tokenizer": tokenizer}
+        plan = with_steps(plan, config.data, told)
+    return made.inputs == {**inputs_of(plan), "tokenizer": tokenizer}
 
 
 def _config_of(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
@@ -156,18 +197,21 @@ def _config_of(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
     for source in keys["train"]:
         if isinstance(source, dict):
             del source["weight"], source["max_epochs"]
+    for name, whole in (("dedup", config.data.deduplication), ("decontaminate", config.data.decontamination)):
+        keys[name] = whole.model_dump(mode="json") if whole is not None else None  # its short form is the same
     plain: dict[str, Any] = json.loads(json.dumps({**keys, "max_bytes": max_bytes}))
     return plain
 
 
 def _seen(splits: Mapping[str, list[SourceFile]]) -> dict[str, str]:
-    """Size and time of every input file."""
-    seen = {}
-    for file in chain.from_iterable(splits.values()):
-        if file.format != "hub":
-            status = os.stat(file.path)
-            seen[file.name] = f"{status.st_size} {status.st_mtime_ns}"
-    return seen
+    """Size and time of every input file, or what its server says of it."""
+    return {file.name: state_of(file) for file in chain.from_iterable(splits.values()) if file.format != "hub"}
+
+
+def _fetch(splits: Mapping[str, list[SourceFile]], max_bytes: int | None, console: Console | None) -> None:
+    """Download the remote files that will be read."""
+    for files in splits.values():
+        fetch_files(files if max_bytes is None else first_files(files, max_bytes), console)
 
 
 def _workers(config: RunConfig) -> int:
@@ -181,14 +225,30 @@ def _workers(config: RunConfig) -> int:
 
 
 def _work_on(
-    work: Path, plan: Plan, finished: list[int], cores: int, console: Console | None, report: Report | None
+    work: Path,
+    plan: Plan,
+    one: Pass,
+    finished: list[int],
+    config: RunConfig,
+    console: Console | None,
+    report: Report | None,
 ) -> None:
-    """Run the unfinished parts and show how far they are."""
+    """Run the unfinished parts of a pass and show how far they are.
+
+    Raises:
+        ChildProcessError: when parts are not finished after it.
+    """
     progress = start_progress(work, plan, set(finished))
     total = sum(part.weight for part in plan.parts)
-    shutil.rmtree(work / "logs", ignore_errors=True)
-    with _shown(progress, total, console, report):
-        run_parts(work, plan, finished, cores)
+    with _shown(progress, total, console, report, one.title):
+        executor = _executor(config) if plan.max_bytes is None else Executor(kind="local")  # a trial is done at once
+        run_parts(work, plan, one, finished, _workers(config), executor)
+    if left := set(range(len(plan.parts))) - set(finished_parts(work, plan, one, thorough=False)):
+        first = plan.parts[min(left)].name
+        raise ChildProcessError(
+            f"{len(left)} of {len(plan.parts)} parts are not finished, the first is `{first}`; "
+            f"see `{work / 'logs'}`, and run the same command again to go on"
+        )
 
 
 @contextmanager
@@ -207,13 +267,13 @@ def _hashing(
 
 @contextmanager
 def _shown(
-    progress: npt.NDArray[np.int64], total: int, console: Console | None, report: Report | None
+    progress: npt.NDArray[np.int64], total: int, console: Console | None, report: Report | None, title: str
 ) -> Iterator[None]:
     """Tell a bar and `report` how far the work is, a few times a second, from a thread."""
     stop = threading.Event()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=console is None)
-    task = bar.add_task("preparing", total=total)
+    task = bar.add_task(title, total=total)
 
     def show() -> None:
         while True:
@@ -246,12 +306,15 @@ def _summarise(config: RunConfig, made: Manifest, console: Console | None) -> No
             config.data.max_documents_per_row,
         ).plan
         if console is not None:
+            ratio = f", {facts['bytes'] / facts['tokens']:.2f} bytes a token" if facts["bytes"] else ""
             console.print(
-                f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
-                f"{facts['bytes'] / max(1, facts['tokens']):.2f} bytes a token; {plan.num_rows:,} rows of "
-                f"{config.data.sequence_length}, {plan.utilisation:.2%} used",
+                f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens{ratio}; {plan.num_rows:,} rows "
+                f"of {config.data.sequence_length}, {plan.utilisation:.2%} used",
                 highlight=False,
             )
+    if console is not None:
+        for step in made.facts["kept_out"]:
+            console.print(describe(step), highlight=False)
     bad = made.facts["bad"]
     if console is not None and bad["count"]:
-        console.print(f"skipped {bad['count']:,} bad lines or rows; the first: {bad['named'][0]}", highlight=False)
+        console.print(describe_problems(bad), highlight=False, markup=False)

@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
-from data_builders import run_config, write_tokenizer
+from data_builders import documents, run_config, write_tokenizer
 
 from pretrain import prepare
 from pretrain.data import pipeline
 from pretrain.data.loader import DataPlane
 from pretrain.data.parts import input_files
-from pretrain.data.shards import ShardFacts, TokenStore
 from pretrain.files import ArtifactError, read_manifest, sha256_file, verify_manifest
 from pretrain.prepare import is_prepared, prepare_data
 
@@ -53,21 +51,6 @@ def prepared(tmp_path, name="run", architecture="gpt2", **data):
     if not (config.directory / "tokenizer").exists():
         write_tokenizer(config.directory / "tokenizer", architecture, " ".join(TEXTS[:50]))
     return config, prepare_data(config)
-
-
-def documents(directory: Path, split: str) -> list[str]:
-    """The texts of a split, decoded from its shards."""
-    manifest = read_manifest(directory, "data")
-    facts = manifest.facts["splits"][split]
-    store = TokenStore(directory, [ShardFacts(**s) for s in facts["shards"]], manifest.facts["tokenizer"]["vocab_size"])
-    tokenizer = Tokenizer.from_file(str(directory.parent / "tokenizer" / "tokenizer.json"))
-    lengths = store.document_lengths()
-    ids = store.gather(np.array([0]), np.array([0])) if not store.num_tokens else None
-    texts = []
-    for start, length in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
-        ids = store.gather(np.array([start]), np.array([length]))
-        texts.append(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
-    return texts
 
 
 def files_of(directory: Path) -> dict[str, str]:
@@ -195,7 +178,10 @@ def test_bad_lines_are_skipped_counted_and_named(corpus):
     (corpus / "c.jsonl").write_bytes(good + b"{broken\n" + b'{"text": ""}\n')
     _, directory = prepared(corpus, train=[str(corpus / "c.jsonl")])
     facts = read_manifest(directory, "data").facts
-    assert facts["bad"] == {"count": 1, "named": [f"{corpus / 'c.jsonl'}:401: not a JSON object"]}
+    name = str(corpus / "c.jsonl")
+    assert facts["bad"]["count"] == 1
+    assert facts["bad"]["named"] == [f"{name}:401: not a JSON object"]
+    assert (facts["bad"]["by_kind"], facts["bad"]["by_file"]) == ({"json": 1}, {name: 1})
     assert facts["empty"] == 1
     assert sum(split["documents"] for split in facts["splits"].values()) == 400
 
@@ -206,7 +192,7 @@ def test_bad_lines_are_skipped_counted_and_named(corpus):
         ('{"text": "only one"}\n', {"fraction": 0.01}, "data.validation: split `validation` is empty"),
         ('{"text": "only one"}\n', {"fraction": 0.999999999}, "data.validation: nothing is left to train on"),
         ("{broken\n", {"fraction": 0.5}, "gave no tokens at all; the first problem: .*c.jsonl:1: not a JSON object"),
-        ('{"body": "x"}\n', {"fraction": 0.5}, "data.text_field: .* the fields are: body"),
+        ('{"body": "x"}\n', {"fraction": 0.5}, "data.text_field.* the fields are: body"),
     ],
 )
 def test_empty_splits_and_missing_fields_are_errors(corpus, text, validation, message):

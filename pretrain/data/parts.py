@@ -7,12 +7,13 @@ What must not: doing the work.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from pretrain.config_data import DataConfig, DocumentStart, Source, ValidationSplit
 from pretrain.data.documents import byte_ranges, document_mode, input_digest, units
+from pretrain.data.lines import Policy
 from pretrain.data.shards import TRAIN, VALIDATION
 from pretrain.data.sources import SourceFile, Told, digest_of_files, first_files, refuse_repeated, resolve_sources
 from pretrain.data.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text, entirely, of_source
@@ -52,6 +53,7 @@ class Plan:
 
     `held_out` is the rule that splits the training files: {"fraction": x}, {"tail": x} or None.
     `max_bytes` bounds the text that is read of each split's files, for trials.
+    `steps` are what keeps documents out (`pretrain.data.sieve`), as plain data.
     """
 
     files: tuple[SourceFile, ...]
@@ -59,11 +61,15 @@ class Plan:
     parts: tuple[Part, ...]
     document: str | DocumentStart
     text_field: str
+    ids_field: str | None
     held_out: dict[str, float] | None
     tokenizer: str
     tokenizer_digest: str
     vocab_size: int
     max_bytes: int | None
+    steps: dict[str, Any] = field(default_factory=dict)
+    on_error: Policy = "keep-going"
+    max_bad_share: float = 1.0
     version: int = PLAN_VERSION
 
     @cached_property
@@ -79,6 +85,7 @@ class Plan:
             "parts": [{**vars(part), "pieces": [vars(piece) for piece in part.pieces]} for part in self.parts],
         }
         raw.pop("digest", None)  # where `cached_property` keeps it
+        del raw["on_error"], raw["max_bad_share"]  # how it may end, not what it gives
         raw["document"] = self.document if isinstance(self.document, str) else self.document.model_dump()
         return raw
 
@@ -136,22 +143,24 @@ def is_training(split: str) -> bool:
     return split.partition("-")[0] == TRAIN
 
 
-def input_files(data: DataConfig) -> dict[str, list[SourceFile]]:
+def input_files(data: DataConfig, *, download: bool = True) -> dict[str, list[SourceFile]]:
     """The files of each split that has files of its own.
 
-    They are `train` and `train-NAME` of each named source, and the validation splits that are given by name.
+    They are `train` and `train-NAME` of each named source, and the validation splits that are given by name. Remote
+    files are downloaded, unless `download` is false: then `fetch_files` must come before reading.
 
     Raises:
         ValueError: when an entry names nothing, or a file is named twice.
     """
     splits: dict[str, list[SourceFile]] = {}
-    for file in resolve_sources(data.train, key="data.train"):
+    for file in resolve_sources(data.train, key="data.train", encoding=data.encoding, download=download):
         splits.setdefault(f"{TRAIN}-{file.source}" if file.source else TRAIN, []).append(file)
     if not isinstance(data.validation, ValidationSplit):
         for entry in data.validation:
             name = f"{VALIDATION}-{entry.name}" if isinstance(entry, Source) else VALIDATION
-            splits.setdefault(name, []).extend(resolve_sources([entry], key="data.validation"))
-        refuse_repeated([file for files in splits.values() for file in files], "data.train and data.validation")
+            files = resolve_sources([entry], key="data.validation", encoding=data.encoding, download=download)
+            splits.setdefault(name, []).extend(files)
+        refuse_repeated([file for group in splits.values() for file in group], "data.train and data.validation")
     return splits
 
 
@@ -202,11 +211,14 @@ def make_plan(
         parts=tuple(parts),
         document=data.document,
         text_field=data.text_field,
+        ids_field=data.ids_field,
         held_out=rule,
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest,
         vocab_size=vocab_size,
         max_bytes=max_bytes,
+        on_error=data.on_error,
+        max_bad_share=data.max_bad_share,
     )
 
 

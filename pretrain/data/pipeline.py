@@ -20,10 +20,28 @@ from datatrove.data import Document as PipelineDocument
 from datatrove.pipeline.base import PipelineStep
 from tokenizers import Tokenizer
 
+from pretrain.config_data import Deduplication
+from pretrain.data.decontamination import KnownRuns, known_runs
+from pretrain.data.deduplication import Fingerprints
 from pretrain.data.documents import ReadReport, read_documents
-from pretrain.data.parts import Part, Piece, Plan
+from pretrain.data.lines import Policy
+from pretrain.data.long_texts import UncutTextError, encode_texts
+from pretrain.data.parts import Part, Piece, Plan, is_training
+from pretrain.data.problems import add_problems, counts_of, no_problems
 from pretrain.data.shards import ShardWriter
-from pretrain.data.unfinished import NAMED_PROBLEMS, marker, open_progress
+from pretrain.data.sieve import DECONTAMINATE, DEDUP, Sieve
+from pretrain.data.unfinished import (
+    NAMED_PROBLEMS,
+    RUNS,
+    fingerprints_of,
+    held_out_runs_of,
+    load_array,
+    marker,
+    open_progress,
+    save_array,
+    shards_folder,
+)
+from pretrain.data.vocabulary import ReadyIds
 from pretrain.files import replace_file
 
 _BATCH_CHARACTERS = 1 << 20
@@ -36,7 +54,13 @@ def _read_plan(path: str, digest: str) -> Plan:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(directory: str, digest: str) -> Tokenizer:
+def _ready_ids(directory: str, digest: str, ids_field: str | None) -> ReadyIds:
+    return ReadyIds.of(Path(directory), ids_field)
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer(directory: str, digest: str) -> Tokenizer:
+    """The tokenizer of a plan, set to encode whole texts and nothing but text."""
     tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -45,34 +69,40 @@ def _load_tokenizer(directory: str, digest: str) -> Tokenizer:
     return tokenizer
 
 
-class _PartStep(PipelineStep):  # type: ignore[misc]
+class PartStep(PipelineStep):  # type: ignore[misc]
     """A step that finds its part in the plan on the disk: rank r works on part r. Small, as it travels to workers."""
 
     def __init__(self, work: Path, plan: Plan) -> None:
         super().__init__()
         self.work, self.digest = str(work), plan.digest
+        self.on_error = plan.on_error  # not in the plan on the disk: another policy gives the same bytes
 
     def plan_and_part(self, rank: int) -> tuple[Plan, Part]:
         plan = _read_plan(str(Path(self.work) / "plan.json"), self.digest)
         return plan, plan.parts[rank]
 
 
-class ReadPart(_PartStep):
-    """Yields the documents of a part, each with the split it goes to and its file."""
+class ReadPart(PartStep):
+    """Yields the documents of a part that are kept, each with the split it goes to and its file."""
 
     name = "read"
     type = "reader"
+
+    def __init__(self, work: Path, plan: Plan, *, held_out_only: bool = False) -> None:
+        super().__init__(work, plan)
+        self.held_out_only = held_out_only
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[PipelineDocument]:
         """Read the part's pieces in order."""
         plan, part = self.plan_and_part(rank)
         progress = open_progress(Path(self.work))
+        sieve = self._sieve(plan, part) if plan.steps else None
         done = size = 0
         for piece in part.pieces:
             if plan.max_bytes is not None and size >= plan.max_bytes:
                 break
             file = plan.files[piece.file]
-            read = ReadReport()
+            read = ReadReport(on_error=self.on_error)
             split_of = plan.split_of(part, piece)
             documents = read_documents(
                 file,
@@ -81,16 +111,48 @@ class ReadPart(_PartStep):
                 byte_range=piece.byte_range,
                 report=read,
                 max_bytes=None if plan.max_bytes is None else plan.max_bytes - size,
+                ready=_ready_ids(plan.tokenizer, plan.tokenizer_digest, plan.ids_field),
             )
             for whole in documents:
-                for split, document in split_of(whole):
-                    metadata = {"split": split, "file": piece.file}
+                for split, document in split_of(whole) if sieve is None else sieve.sides(whole, split_of, piece.file):
+                    metadata = {"split": split, "file": piece.file, "ids": document.ids}
                     yield PipelineDocument(document.text, f"{file.name}:{document.position}", metadata=metadata)
                 progress[rank] = done + read.consumed
-                size += len(whole.text.encode()) if plan.max_bytes is not None else 0
+                size += whole.size if plan.max_bytes is not None else 0
             done += _weight(plan, piece)
             progress[rank] = done
             yield PipelineDocument("", "", metadata={"read": read, "file": piece.file})
+        if sieve is not None:
+            yield PipelineDocument("", "", metadata={"kept_out": sieve.tally.to_json()})
+
+    def _sieve(self, plan: Plan, part: Part) -> Sieve:
+        known = None if self.held_out_only else _known_runs(self.work, self.digest)
+        return Sieve(plan, part.split, known, held_out_only=self.held_out_only)
+
+
+@lru_cache(maxsize=1)
+def _known_runs(work: str, digest: str) -> KnownRuns | None:
+    """What decontamination looks for, mapped from the disk; None when it is not asked for."""
+    plan = _read_plan(str(Path(work) / "plan.json"), digest)
+    if DECONTAMINATE not in plan.steps:
+        return None
+    runs = {name: load_array(Path(work) / file) for name, file in RUNS.items()}
+    return KnownRuns(plan.steps[DECONTAMINATE]["ngrams"], runs)
+
+
+class NoteHeldOut(PartStep):
+    """Notes the runs of words of a part's held-out documents, before any part is written."""
+
+    name = "note held-out text"
+    type = "writer"
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[PipelineDocument]:
+        """Write the runs of the part. Yields nothing."""
+        plan, part = self.plan_and_part(rank)
+        texts = (document.text for document in data if "split" in document.metadata)
+        runs = known_runs(texts, plan.steps[DECONTAMINATE]["ngrams"])
+        save_array(held_out_runs_of(Path(self.work), part), runs)
+        yield from ()
 
 
 def _weight(plan: Plan, piece: Piece) -> int:
@@ -100,7 +162,7 @@ def _weight(plan: Plan, piece: Piece) -> int:
     return size if plan.max_bytes is None else min(size, plan.max_bytes)
 
 
-class WriteShards(_PartStep):
+class WriteShards(PartStep):
     """Encodes documents in batches, without special tokens, and writes one shard a split; then marks the part."""
 
     name = "tokenise and write"
@@ -109,21 +171,31 @@ class WriteShards(_PartStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[PipelineDocument]:
         """Write the part, and mark it as finished. Yields nothing."""
         plan, part = self.plan_and_part(rank)
-        tokenizer = _load_tokenizer(plan.tokenizer, plan.tokenizer_digest)
+        tokenizer = load_tokenizer(plan.tokenizer, plan.tokenizer_digest)
         work = Path(self.work)
         counts = _Counts(plan)
+        notes = Fingerprints(Deduplication(**plan.steps[DEDUP])) if DEDUP in plan.steps else None
         writers: dict[str, ShardWriter] = {}
+        without_text: set[str] = set()
         with ExitStack() as stack:
             for batch in _batches(data, counts):
-                for split, encoded in _encode(tokenizer, batch, counts).items():
+                for split, encoded in _encode(tokenizer, batch, counts, self.on_error).items():
                     if split not in writers:
                         name = f"{split}/part-{part.number:05d}"
-                        writer = ShardWriter(work / "data" / name, name, plan.vocab_size)
+                        writer = ShardWriter(shards_folder(work, plan) / name, name, plan.vocab_size)
                         writers[split] = stack.enter_context(writer)
                     ids = np.frombuffer(encoded.ids, dtype=np.uint32)
                     writers[split].add(ids, np.array(encoded.lengths, dtype=np.int64), encoded.bytes)
-        shards = [asdict(writer.facts()) for writer in writers.values()]
-        mark = {"shards": shards, "files": counts.files, "bad": counts.named}
+                    without_text |= {split} if encoded.without_text else set()
+                if notes is not None:
+                    _note(notes, batch, is_training(part.split))
+        shards = [
+            {**asdict(writer.facts()), **({"bytes": 0} if split in without_text else {})}  # not known of ready ids
+            for split, writer in writers.items()
+        ]
+        mark = {"shards": shards, "files": counts.files, "bad": counts.named, **counts.kept_out}
+        if notes is not None:
+            mark["fingerprints"] = save_array(fingerprints_of(work, part), notes.array())
         replace_file(marker(work, part), json.dumps(mark).encode())
         yield from ()
 
@@ -135,21 +207,56 @@ class _Encoded:
     ids: array[int] = field(default_factory=lambda: array("I"))
     lengths: list[int] = field(default_factory=list)
     bytes: int = 0
+    without_text: bool = False
 
 
-def _encode(tokenizer: Tokenizer, batch: list[PipelineDocument], counts: _Counts) -> dict[str, _Encoded]:
-    encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+def _encode(
+    tokenizer: Tokenizer, batch: list[PipelineDocument], counts: _Counts, on_error: Policy
+) -> dict[str, _Encoded]:
+    texts = [document for document in batch if document.metadata["ids"] is None]
+    encoded_texts = iter(encode_texts(tokenizer, (document.text for document in texts)))
     splits: dict[str, _Encoded] = {}
-    for document, encoding in zip(batch, encodings, strict=True):
-        split, ids = document.metadata["split"], encoding.ids
+    for document in batch:
+        split, ready = document.metadata["split"], document.metadata["ids"]
+        if ready is not None:
+            encoded = splits.setdefault(split, _Encoded())
+            encoded.ids.frombytes(ready)
+            encoded.lengths.append(len(ready) // 4)
+            encoded.without_text = True
+            counts.add(document.metadata["file"], split, len(ready) // 4, 0)
+            continue
+        ids = next(encoded_texts)
+        if isinstance(ids, UncutTextError):
+            problem = ReadReport(on_error=on_error)
+            problem.note_bad(document.id, str(ids), "too long")
+            document.metadata["is_bad"] = True
+            counts.note(document.metadata["file"], problem)
+            continue
         text = document.text
         size = len(text) if text.isascii() else len(text.encode("utf-8"))
         encoded = splits.setdefault(split, _Encoded())
-        encoded.ids.fromlist(ids)
+        if encoded.ids:
+            encoded.ids.extend(ids)
+        else:
+            encoded.ids = ids  # a long one is not copied
         encoded.lengths.append(len(ids))
         encoded.bytes += size
         counts.add(document.metadata["file"], split, len(ids), size)
     return splits
+
+
+def _note(notes: Fingerprints, batch: list[PipelineDocument], from_training: bool) -> None:
+    """Fingerprint documents; those of files that are named for validation stay, whatever they repeat."""
+    for document in batch:
+        if "is_bad" in document.metadata:
+            continue  # it is in no shard
+        notes.add(
+            document.text,
+            held_out=not is_training(document.metadata["split"]),
+            stays=not from_training,
+            file=document.metadata["file"],
+            position=int(document.id.rpartition(":")[2]),
+        )
 
 
 class _Counts:
@@ -158,10 +265,11 @@ class _Counts:
     def __init__(self, plan: Plan) -> None:
         self.files: dict[str, dict[str, Any]] = {}
         self.named: list[str] = []
+        self.kept_out: dict[str, Any] = {}
         self._plan = plan
 
     def _of(self, file: int) -> dict[str, Any]:
-        return self.files.setdefault(self._plan.files[file].name, {"bad": 0, "empty": 0, "splits": {}})
+        return self.files.setdefault(self._plan.files[file].name, {**no_problems(), "splits": {}})
 
     def add(self, file: int, split: str, tokens: int, size: int) -> None:
         counts = self._of(file)["splits"].setdefault(split, {"documents": 0, "tokens": 0, "bytes": 0})
@@ -171,8 +279,7 @@ class _Counts:
 
     def note(self, file: int, read: ReadReport) -> None:
         counts = self._of(file)
-        counts["bad"] += read.bad
-        counts["empty"] += read.empty
+        add_problems(counts, counts_of(read))
         self.named.extend(read.named[: NAMED_PROBLEMS - len(self.named)])
 
 
@@ -184,8 +291,11 @@ def _batches(documents: Iterator[PipelineDocument], counts: _Counts) -> Iterator
         if "read" in document.metadata:
             counts.note(document.metadata["file"], document.metadata["read"])
             continue
+        if "kept_out" in document.metadata:
+            counts.kept_out = document.metadata
+            continue
         batch.append(document)
-        size += len(document.text)
+        size += len(document.text) + len(document.metadata["ids"] or b"")
         if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.config import RunConfig, config_from_dict
-from pretrain.files import Manifest, write_json, write_manifest
+from pretrain.data.shards import ShardFacts, TokenStore
+from pretrain.files import Manifest, read_manifest, write_json, write_manifest
 
 SPECIALS = {
     "gpt2": {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "pad": "<|pad|>"},
@@ -50,3 +52,17 @@ def run_config(tmp_path: Path, architecture: str = "gpt2", name: str = "run", **
             "train": {"batch_tokens": 4 * sequence_length, "steps": 1},
         }
     )
+
+
+def documents(directory: Path, split: str) -> list[str]:
+    """The texts of a split, decoded from its shards."""
+    manifest = read_manifest(directory, "data")
+    facts = manifest.facts["splits"][split]
+    store = TokenStore(directory, [ShardFacts(**s) for s in facts["shards"]], manifest.facts["tokenizer"]["vocab_size"])
+    tokenizer = Tokenizer.from_file(str(directory.parent / "tokenizer" / "tokenizer.json"))
+    lengths = store.document_lengths()
+    texts = []
+    for start, length in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
+        ids = store.gather(np.array([start]), np.array([length]))
+        texts.append(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+    return texts
