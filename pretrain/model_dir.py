@@ -303,6 +303,13 @@ class PublishedStore:
     def read(self, model: PreTrainedModel, directory: Path) -> None:
         """Load weights into a model of the same configuration, bit for bit."""
         state = read_state(directory)
+        wanted = next(parameter.dtype for parameter in model.parameters())
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and tensor.dtype != wanted:  # a silent cast would lose bits
+                raise ArtifactError(
+                    f"the saved `{name}` in `{directory}` is {tensor.dtype}, the run trains {wanted}; a checkpoint "
+                    "holds the full precision: put the whole one back"
+                )
         if isinstance(model.config, LoomConfig):
             _, state = from_stock(AutoConfig.from_pretrained(directory), state)
         load_state(model, state)

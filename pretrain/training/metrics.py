@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -56,16 +57,18 @@ class JsonLines:
             kept = [line for line in lines if _step_of(line) <= first_step]
             replace_file(path, "".join(f"{line}\n" for line in kept).encode())
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        # What a full disk refuses waits in the buffer and is written with the next line: room for some thousand lines.
+        self._file = path.open("a", encoding="utf-8", buffering=1 << 20)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # lines that a full disk has refused to the end
+            self._file.close()
 
 
 def _step_of(line: str) -> float:
@@ -176,7 +179,8 @@ class Metrics:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Give the numbers of a step to every sink."""
         for sink in self._sinks:
-            sink.write(step, values)
+            with suppress(OSError):  # a full disk, or a tracker without network, must not end the training
+                sink.write(step, values)
 
     def __enter__(self) -> Self:
         return self

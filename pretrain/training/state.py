@@ -89,7 +89,9 @@ def optimizer_state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) 
     stateless: list[str] = []
     for group in optimizer.param_groups:
         members = _member_names(group, names)
-        plain = {key: _plain(value) for key, value in sorted(group.items()) if key != "params"}
+        # The schedule makes the learning rate of each step anew: the one of the last step is no state.
+        left_out = ("params", "lr") if "initial_lr" in group else ("params",)
+        plain = {key: _plain(value) for key, value in sorted(group.items()) if key not in left_out}
         groups.append({**plain, "parameters": members})
         for name, parameter in zip(members, group["params"], strict=True):
             state = optimizer.state.get(parameter, {})

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig
-from pretrain.files import ArtifactError, write_bytes, write_safetensors
+from pretrain.files import ArtifactError, HashingWriter, write_bytes, write_safetensors
 from pretrain.training import checkpoint
 from pretrain.training.optim import build_optimizer
 from pretrain.training.state import OptimizerState, tensor_bytes
@@ -253,6 +253,7 @@ def test_every_altered_or_missing_file_is_found_and_the_older_one_used(tmp_path:
     train(model, optimizer, 1)
     old = save(tmp_path, 1, model, optimizer)
     new = save(tmp_path, 2, model, optimizer)
+    checkpoint.point(tmp_path, "latest", 2)
     generator = random.Random(0)
     originals = contents(new)
     assert checkpoint.find_resumable(tmp_path) == new
@@ -273,6 +274,43 @@ def test_every_altered_or_missing_file_is_found_and_the_older_one_used(tmp_path:
                 assert path.name in lines[0]
             path.write_bytes(original)
     assert checkpoint.find_resumable(tmp_path) == new
+
+
+def test_every_byte_of_the_manifest_and_of_a_pointer_counts(tmp_path: Path) -> None:
+    """They have no digest in another file: each flip must be found by what they say of themselves."""
+    path = save(tmp_path, 1, *make())
+    checkpoint.point(tmp_path, "latest", 1)
+    manifest, pointer = path / "manifest.json", path.parent / "latest.json"
+    for file, read in (
+        (manifest, lambda: checkpoint.load_checkpoint(path)),
+        (pointer, lambda: checkpoint.read_pointer(tmp_path, "latest")),
+    ):
+        original = file.read_bytes()
+        for place in range(len(original)):
+            file.write_bytes(original[:place] + bytes([original[place] ^ 1]) + original[place + 1 :])
+            with pytest.raises(ArtifactError):
+                read()
+        file.write_bytes(original)
+        read()
+
+
+def test_a_bad_write_is_found_because_the_digest_is_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk, or a driver, that stores another byte than it was given."""
+    plain = HashingWriter.write
+
+    def write(self: HashingWriter, data: bytes | bytearray | memoryview) -> None:
+        plain(self, data)
+        if self.path.suffix == ".safetensors":
+            self._file.seek(-1, 2)
+            self._file.write(b"\xa5")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HashingWriter, "write", write)
+        path = save(tmp_path, 1, *make())
+    with pytest.raises(ArtifactError, match=r"safetensors` was altered"):
+        checkpoint.load_checkpoint(path)
 
 
 def test_whitespace_in_the_manifest_is_an_alteration_too(tmp_path: Path) -> None:
@@ -382,7 +420,10 @@ def test_another_runs_checkpoints_are_passed_over_and_kept(tmp_path: Path) -> No
     model, optimizer = make()
     foreign = save(tmp_path, 90, model, optimizer, run_id="run-b")
     own = [save(tmp_path, step, model, optimizer) for step in (10, 20, 30)]
+    with pytest.raises(ArtifactError, match=r"runs run-a, run-b, and no pointer"):
+        checkpoint.find_resumable(tmp_path, report=lambda line: None)
     checkpoint.point(tmp_path, "latest", 30)
+    assert checkpoint.newest_config(tmp_path) == {"name": "toy"}
     lines: list[str] = []
     assert checkpoint.find_resumable(tmp_path, report=lines.append) == own[2]
     assert len(lines) == 1
@@ -406,6 +447,42 @@ def test_rotation_spares_what_is_pointed_at(tmp_path: Path) -> None:
     assert checkpoint.rotate(tmp_path, keep=1) == [], "the latest is not whole"
 
 
+def test_another_runs_checkpoint_in_the_way_is_moved_aside(tmp_path: Path) -> None:
+    model, optimizer = make()
+    foreign = save(tmp_path, 1, model, optimizer, run_id="run-b")
+    before = contents(foreign)
+    aside = checkpoint.move_foreign_aside(tmp_path, 1, "run-a")
+    assert aside is not None
+    assert (contents(aside), foreign.exists()) == (before, False)
+    save(tmp_path, 1, model, optimizer)
+    assert checkpoint.move_foreign_aside(tmp_path, 1, "run-a") is None
+    assert checkpoint.move_foreign_aside(tmp_path, 2, "run-a") is None
+
+
+def test_rotation_does_not_count_what_lies_beyond_the_latest(tmp_path: Path) -> None:
+    """A checkpoint that was passed over as damaged, say: it must not push a good one out."""
+    model, optimizer = make()
+    paths = [save(tmp_path, step, model, optimizer) for step in (1, 2, 3, 9)]
+    checkpoint.point(tmp_path, "latest", 3)
+    assert checkpoint.rotate(tmp_path, keep=2) == [paths[0]]
+    assert checkpoint.list_checkpoints(tmp_path) == paths[1:]
+
+
+def test_making_room_keeps_the_newest_and_the_best_and_nothing_without_a_whole_one(tmp_path: Path) -> None:
+    model, optimizer = make()
+    paths = [save(tmp_path, step, model, optimizer) for step in (1, 2, 3, 4)]
+    checkpoint.point(tmp_path, "best", 2)
+    weights = paths[3] / "model" / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(bytes(len(good)))
+    with pytest.raises(ArtifactError, match="altered"):
+        checkpoint.make_room(tmp_path, run_id="run-a")
+    assert checkpoint.list_checkpoints(tmp_path) == paths
+    weights.write_bytes(good)
+    assert checkpoint.make_room(tmp_path, run_id="run-a") == [paths[0], paths[2]]
+    assert checkpoint.list_checkpoints(tmp_path) == [paths[1], paths[3]]
+
+
 def test_pointers(tmp_path: Path) -> None:
     assert checkpoint.read_pointer(tmp_path, "latest") is None
     with pytest.raises(ArtifactError):
@@ -414,11 +491,10 @@ def test_pointers(tmp_path: Path) -> None:
     checkpoint.point(tmp_path, "latest", 1)
     assert checkpoint.read_pointer(tmp_path, "latest") == path
     pointer = path.parent / "latest.json"
-    pointer.write_text(json.dumps({"checkpoint": "../../elsewhere"}))
-    assert checkpoint.read_pointer(tmp_path, "latest") is None
-    pointer.write_text("{")
-    with pytest.raises(ArtifactError, match=r"latest\.json"):
-        checkpoint.read_pointer(tmp_path, "latest")
+    for text in (json.dumps({"checkpoint": "../../elsewhere"}), "{", "", "[]"):
+        pointer.write_text(text)
+        with pytest.raises(ArtifactError, match=r"latest\.json"):
+            checkpoint.read_pointer(tmp_path, "latest")
     lines: list[str] = []
     assert checkpoint.find_resumable(tmp_path, report=lines.append) == path
     assert len(lines) == 1

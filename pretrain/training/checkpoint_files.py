@@ -1,0 +1,238 @@
+"""One checkpoint on the disk: its form, how it is written, and how it is read.
+
+What lives here: the files of a checkpoint's directory and their digests. What must not: which checkpoint is the newest,
+what is kept (`checkpoint`), when one is written (`saving`), pickle in any shape.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pretrain import __version__
+from pretrain.files import (
+    MANIFEST,
+    ArtifactError,
+    Manifest,
+    commit_directory,
+    manifest_bytes,
+    read_manifest,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_safetensors,
+)
+from pretrain.training.state import OptimizerState, capture_rng, optimizer_state_by_name, tensor_bytes
+
+KIND = "checkpoint"
+TRAINER = "trainer.json"
+_FORMAT_VERSION = 1
+
+WriteModel = Callable[[Path], Mapping[str, str]]
+"""Writes a model into an empty directory, every file flushed to the disk; returns file name -> SHA-256."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose digests were compared.
+
+    Attributes:
+        directory: `step-00001000`; the model lies in `directory / "model"`.
+        step: optimizer steps done.
+        run_id: the run that wrote it.
+        state: what the trainer handed in.
+        rngs: the random generators' states, one for each rank.
+        optimizer: tensors are read from the file when they are touched.
+        manifest: what is in it.
+    """
+
+    directory: Path
+    step: int
+    run_id: str
+    state: dict[str, Any]
+    rngs: list[dict[str, Any]]
+    optimizer: OptimizerState
+    manifest: Manifest
+
+    @property
+    def rng(self) -> dict[str, Any]:
+        """The random generators of the first rank."""
+        return self.rngs[0]
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies in a training directory (`<run>/train`)."""
+    return directory / "checkpoints" / f"step-{step:08d}"
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    step: int,
+    run_id: str,
+    write_model: WriteModel,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    rngs: Sequence[Mapping[str, Any]] | None = None,
+    inputs: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the checkpoint of `step`, all of it or nothing; an older one of the same step is replaced.
+
+    Args:
+        directory: the training directory (`<run>/train`).
+        step: optimizer steps done.
+        run_id: stays the same over all resumes of a run.
+        write_model: writes the published model.
+        model: gives the parameters' names.
+        optimizer: its state is saved by these names.
+        state: plain data (JSON): progress, data, metrics; its `config` also goes into the manifest.
+        rngs: random-generator states of all ranks; this process's own when left out.
+        inputs: digests of what the run was made from.
+
+    Raises:
+        ArtifactError: when `write_model` does not account for a file that it wrote.
+        OSError: when the disk is full, say; older checkpoints are untouched.
+    """
+    path = checkpoint_path(directory, step)
+    trainer: dict[str, Any] = {
+        "format_version": _FORMAT_VERSION,
+        "code_version": __version__,
+        "step": step,
+        "run_id": run_id,
+        "inputs": dict(inputs or {}),
+        "rng": [dict(rng) for rng in rngs] if rngs is not None else [capture_rng()],
+        "state": dict(state),
+    }
+    with commit_directory(path, replace=True) as temporary:
+        (temporary / "model").mkdir()
+        files = {f"model/{name}": digest for name, digest in write_model(temporary / "model").items()}
+        _refuse_unlisted(temporary, files)
+        files |= _write_optimizer(temporary, optimizer_state_by_name(model, optimizer))
+        files["trainer.json"] = write_json(temporary / "trainer.json", trainer)
+        write_manifest(
+            temporary,
+            kind=KIND,
+            config=trainer["state"].get("config") or {},
+            inputs=trainer["inputs"],
+            files=files,
+            facts={"step": step, "run_id": run_id},
+        )
+    return path
+
+
+def _write_optimizer(directory: Path, state: OptimizerState) -> dict[str, str]:
+    (directory / "optimizer").mkdir()
+    tensors, groups = "optimizer/optimizer-00001-of-00001.safetensors", "optimizer/optimizer.json"
+    return {
+        tensors: write_safetensors(
+            directory / tensors,
+            ((name, tensor_bytes(tensor)) for name, tensor in state.tensors.items()),
+            {"format": "pt"},
+        ),
+        groups: write_json(directory / groups, {"groups": state.groups, "stateless": list(state.stateless)}),
+    }
+
+
+def _refuse_unlisted(directory: Path, files: Mapping[str, str]) -> None:
+    """Hashing a file from the disk would bless whatever the disk made of it, so every digest must be handed over."""
+    written = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    if unlisted := sorted(written ^ set(files)):
+        raise ArtifactError(f"the model's writer gave no digest for `{unlisted[0]}`, or did not write it")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was made with, from `trainer.json`, whose digest is compared first.
+
+    Raises:
+        ArtifactError: when it cannot be told.
+    """
+    manifest = read_manifest(directory, KIND)
+    verify_manifest(directory, replace(manifest, files={TRAINER: manifest.files.get(TRAINER, "")}))
+    config = _read_json(directory / TRAINER)["state"].get("config") or {}
+    if config != manifest.config:
+        raise ArtifactError(f"`{directory / MANIFEST}` was altered: it does not agree with {TRAINER}")
+    return dict(config)
+
+
+def load_checkpoint(directory: Path, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint. With `verify`, every file's digest is compared before anything is used.
+
+    Raises:
+        ArtifactError: names the first file that is missing, altered or unreadable.
+    """
+    manifest = read_manifest(directory, KIND)
+    if verify:
+        verify_manifest(directory, manifest)
+    trainer = _read_json(directory / "trainer.json")
+    groups = _read_json(directory / "optimizer" / "optimizer.json")
+    tensors = dict(_read_tensors(directory, manifest))
+    try:
+        if trainer["format_version"] != _FORMAT_VERSION:
+            raise ArtifactError(
+                f"`{directory}` has trainer format {trainer['format_version']}, this version reads {_FORMAT_VERSION}; "
+                "resume with the version that wrote it"
+            )
+        loaded = Checkpoint(
+            directory=directory,
+            step=trainer["step"],
+            run_id=trainer["run_id"],
+            state=trainer["state"],
+            rngs=trainer["rng"],
+            optimizer=OptimizerState(tensors, groups["groups"], tuple(groups["stateless"])),
+            manifest=manifest,
+        )
+    except KeyError as error:
+        raise ArtifactError(f"`{directory}` lacks the entry {error} in its JSON; it cannot be used") from error
+    if verify:
+        _verify_manifest_itself(loaded, trainer)
+    return loaded
+
+
+def _read_tensors(directory: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of all optimizer files. They are views of the mapped files: bytes are read when they are touched."""
+    for file in (name for name in manifest.files if re.fullmatch(r"optimizer/[^/]+\.safetensors", name)):
+        try:
+            with safe_open(directory / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield name, opened.get_tensor(name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ArtifactError(f"`{directory / file}` cannot be read ({error}); use an older checkpoint") from error
+
+
+def _verify_manifest_itself(loaded: Checkpoint, trainer: Mapping[str, Any]) -> None:
+    """Compare the manifest with `trainer.json`, and every byte of it with what it says."""
+    manifest, path = loaded.manifest, loaded.directory / MANIFEST
+    same = (
+        manifest.facts == {"step": loaded.step, "run_id": loaded.run_id}
+        and manifest.config == (loaded.state.get("config") or {})
+        and manifest.inputs == trainer.get("inputs")
+        and manifest.code_version == trainer.get("code_version", manifest.code_version)
+        and loaded.directory.name == checkpoint_path(Path(), loaded.step).name
+        and path.read_bytes() == manifest_bytes(manifest)
+    )
+    if not same:
+        raise ArtifactError(f"`{path}` was altered: it does not agree with trainer.json")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"`{path}` is missing from the {KIND}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"`{path}` cannot be read ({error})") from error

@@ -1,0 +1,157 @@
+"""Injects every fault, one after another, and writes the table: `python scripts/faults OUT.md [--only 1,2] [--list]`.
+
+What lives here: collecting the faults of the topics beside this file, running each in an empty folder, the page. What
+must not: any fault. A topic that is not there is left out; a fault that raises is a row with no try survived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+
+from outcome import Fault, Outcome  # noqa: E402
+
+TOPICS = ("saving", "resume", "data", "training")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A fault, what came of it, and how long it took."""
+
+    fault: Fault
+    outcome: Outcome
+    seconds: float
+
+
+def collect(topics: Sequence[str] = TOPICS) -> list[Fault]:
+    """The faults of every topic that is there, in order of rows."""
+    faults: list[Fault] = []
+    for topic in topics:
+        if importlib.util.find_spec(topic) is not None:
+            faults += importlib.import_module(topic).FAULTS
+    return sorted(faults, key=lambda fault: _order(fault.row))
+
+
+def inject(fault: Fault) -> Line:
+    """Run one fault in an empty folder, which is removed after."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="fault-", ignore_cleanup_errors=True) as folder:
+        try:
+            outcome = fault.inject(Path(folder))
+        except Exception as error:  # the table must name it, and the other rows must still run
+            traceback.print_exc()
+            outcome = Outcome(1, 0, "unknown", f"the injection failed: {type(error).__name__}: {error}")
+    return Line(fault, outcome, time.perf_counter() - started)
+
+
+def page(lines: Sequence[Line], command: str) -> str:
+    """The table as markdown."""
+    tries, survived = (sum(getattr(line.outcome, key) for line in lines) for key in ("tries", "survived"))
+    text = [
+        "# Faults",
+        "",
+        "What was done to real runs, and what they did. A try survives when everything in the column of promises held.",
+        '"Exact": same rows, learning rate and loss at every step and the same final weights, bit for bit, as a run of',
+        "the same configuration that was never interrupted.",
+        "",
+        f"- {survived:,} of {tries:,} tries survived",
+        f"- command: `{command}`",
+        f"- commit: {_commit()}",
+        f"- machine: {_machine()}",
+        f"- {sum(line.seconds for line in lines) / 60:.1f} minutes",
+        "",
+        "| row | fault | promise | tries | survived | work lost | note | seconds |",
+        "|---|---|---|---:|---:|---|---|---:|",
+    ]
+    for line in lines:
+        outcome = line.outcome
+        cells = [
+            line.fault.row,
+            line.fault.fault,
+            line.fault.promise,
+            f"{outcome.tries:,}",
+            f"{outcome.survived:,}" if outcome.survived == outcome.tries else f"**{outcome.survived:,}**",
+            outcome.lost,
+            outcome.note,
+            f"{line.seconds:.0f}",
+        ]
+        text.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the faults that are asked for; the exit code is 1 when a try was not survived."""
+    parser = argparse.ArgumentParser(prog="python scripts/faults", description=__doc__)
+    parser.add_argument("out", nargs="?", type=Path, help="the markdown file to write; standard output when left out")
+    parser.add_argument("--only", default="", help="rows to run, separated by commas, such as 1,2,33")
+    parser.add_argument("--topics", default=",".join(TOPICS), help="topics to collect, separated by commas")
+    parser.add_argument("--list", action="store_true", help="name the faults and run none")
+    parsed = parser.parse_args(arguments)
+    faults = collect(parsed.topics.split(","))
+    wanted = set(filter(None, parsed.only.split(",")))
+    if wanted:
+        faults = [fault for fault in faults if fault.row in wanted]
+        if missing := sorted(wanted - {fault.row for fault in faults}):
+            parser.error(f"no fault in row {', '.join(missing)}")
+    if parsed.list:
+        for fault in faults:
+            sys.stdout.write(f"{fault.row:>4}  {fault.fault}\n")
+        return 0
+    lines = []
+    for fault in faults:
+        line = inject(fault)
+        lines.append(line)
+        told = f"{line.outcome.survived}/{line.outcome.tries} in {line.seconds:.0f} s; {line.outcome.note}"
+        sys.stderr.write(f"row {fault.row}, {fault.fault}: {told}\n")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    text = page(lines, os.environ.get("FAULTS_COMMAND") or shlex.join(["python", "scripts/faults", *given]))
+    if parsed.out is None:
+        sys.stdout.write(text)
+    else:
+        parsed.out.write_text(text, encoding="utf-8")
+    return int(any(line.outcome.survived < line.outcome.tries for line in lines))
+
+
+def _order(row: str) -> tuple[int, str]:
+    digits = "".join(character for character in row if character.isdigit())
+    return (int(digits) if digits else 0, row)
+
+
+def _commit() -> str:
+    """The commit's short name; `+ changes` when the tree is not clean."""
+    try:
+        name = _git("rev-parse", "--short", "HEAD")
+        return name + (" + changes" if _git("status", "--porcelain", "--", "pretrain", "scripts") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _machine() -> str:
+    import torch
+
+    from pretrain.runtime import describe_machine
+
+    return f"{describe_machine(torch.device('cpu'))}, {platform.system()} {platform.release()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
