@@ -1,84 +1,217 @@
-"""What a changed configuration touches: which stage each key decides, and the refusal to mix two configurations.
+"""What a changed configuration does: which stage each key decides, and whether it may change when a run goes on.
 
-What lives here: the table of keys and stages, and the comparison with a saved copy. What must not: making anything.
+What lives here: one table of every key, the comparison with what was made or saved, and the refusals. What must not:
+making anything, or the arithmetic of a resumed run (`training.resuming`).
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pretrain.config import RunConfig, config_to_dict, difference
+from pretrain.config import BUDGETS, RunConfig, config_to_dict, difference, known_keys
 from pretrain.config_text import ConfigError, parse_yaml
 
 STAGES = ("tokenizer", "data", "train", "evaluate", "export")
 
-# The first stage that a key decides, longest prefix first; what follows a stage is touched with it. None: the key
-# steers how a result is reached or shown, not the result.
-_DECIDES: dict[str, str | None] = {
-    "checkpoint": None,
-    "data": "tokenizer",
-    "data.max_documents_per_row": "train",
-    "data.part_bytes": "data",
-    "data.workers": None,
-    "evaluate": None,
-    "export": "export",
-    "log": None,
-    "model": "train",
-    "model.architecture": "tokenizer",
-    "model.from": "tokenizer",
-    "name": None,
-    "objective": "train",
-    "optimizer": "train",
-    "out": None,
-    "schedule": "train",
-    "tokenizer": "tokenizer",
-    "train": "train",
-    "train.micro_batch": None,
-    "train.on_nonfinite": None,
-    "train.stop_signals": None,
-}
+
+@dataclass(frozen=True)
+class Rule:
+    """What a change of a key does.
+
+    Attributes:
+        stage: the first stage that the key decides; what follows it is touched too. None: the key steers how a result
+            is reached or shown, not the result.
+        resume: whether a run that has a checkpoint goes on with another value: it does (safe), it does when it is
+            told to (`--allow-change KEY`), or it does not (refused).
+        reason: why, in words that end a message.
+    """
+
+    stage: str | None
+    resume: Literal["safe", "allow", "refused"]
+    reason: str
+
+
+def _rules() -> dict[str, Rule]:
+    """Each line: a section and its keys (none: the whole section), the stage, what a resumed run does, and why."""
+    table: list[tuple[str, str, str | None, Literal["safe", "allow", "refused"], str]] = [
+        ("name", "", None, "safe", "it says where the run lies"),
+        ("out", "", None, "safe", "it says where the run lies"),
+        ("tokenizer", "", "tokenizer", "refused", "the data were prepared with this tokenizer"),
+        ("data", "train document text_field ids_field encoding", "tokenizer", "refused", "the shards hold this text"),
+        ("data", "from", "data", "refused", "the rows are packed from these shards"),
+        ("data", "on_error max_bad_share filters dedup decontaminate", "tokenizer", "refused", "it chose the text"),
+        ("data", "validation", "tokenizer", "refused", "documents would change sides between training and validation"),
+        ("data", "sequence_length", "tokenizer", "refused", "the rows are packed to this length"),
+        ("data", "part_bytes", "data", "refused", "it decides the order of the shards"),
+        ("data", "phases", "train", "refused", "it decides which rows each step sees"),
+        ("data", "max_documents_per_row", "train", "refused", "the rows are packed by it"),
+        ("data", "executor workers verify", None, "safe", "it steers the work, not what comes out"),
+        ("model", "architecture from", "tokenizer", "refused", "the weights are of that model"),
+        ("model", "hidden_size intermediate_size num_hidden_layers", "train", "refused", "the weights have this shape"),
+        ("model", "num_attention_heads num_key_value_heads", "train", "refused", "the weights have this shape"),
+        ("model", "head_dim max_position_embeddings", "train", "refused", "the weights have this shape"),
+        ("model", "tie_word_embeddings", "train", "refused", "the weights have this shape"),
+        ("model", "rope_theta local_rope_theta local_window", "train", "refused", "the weights have learned with it"),
+        ("model", "global_attention_every norm_eps", "train", "refused", "the weights have learned with it"),
+        ("model", "initializer_range", "train", "refused", "the first weights were drawn with it"),
+        ("model", "hidden_dropout attention_dropout embedding_dropout", "train", "allow", "it changes each later step"),
+        # Another mask rate would need no other rows, but then the batch of a step is no function of (data, seed, step).
+        ("objective", "kind rate random keep", "train", "refused", "it decides what every step of the run predicts"),
+        ("optimizer", "name", "train", "refused", "the saved state is that optimizer's"),
+        ("optimizer", "lr adam_lr", "train", "allow", "the learning rate jumps"),
+        ("optimizer", "weight_decay betas eps momentum", "train", "allow", "it changes each later step"),
+        ("schedule", "kind warmup decay final", "train", "allow", "the learning rate may jump"),
+        ("train", " ".join(BUDGETS), "train", "allow", "the schedule stretches with the budget"),
+        ("train", "batch_tokens", "train", "refused", "step s sees the s-th batch of this size"),
+        ("train", "seed", "train", "refused", "it decides the order of the rows"),
+        ("train", "precision max_grad_norm", "train", "allow", "it changes each later step"),
+        # The same rows, targets and learning rate, other rounding (and, with dropout, other draws).
+        ("train", "micro_batch attention compile gradient_checkpointing", None, "safe", "it changes rounding alone"),
+        ("train", "strategy stop_signals", None, "safe", "it steers the work, not what comes out"),
+        ("train", "on_nonfinite spike_sigma spike_window on_spike", None, "safe", "it guards the steps to come"),
+        ("checkpoint", "", None, "safe", "it says what is saved"),
+        ("evaluate", "", None, "safe", "it says what is measured"),
+        ("log", "", None, "safe", "it says what is shown"),
+        ("export", "", "export", "safe", "it comes after training"),
+    ]
+    return {
+        f"{section}.{key}" if key else section: Rule(stage, resume, reason)
+        for section, keys, stage, resume, reason in table
+        for key in keys.split() or [""]
+    }
+
+
+RULES = _rules()
+"""The rule of every key, by the longest prefix."""
+
+_UNKNOWN = Rule(STAGES[0], "refused", "no rule says what it touches")
+# Keys that come and go with another one are allowed with it.
+_COMPANIONS = {"schedule.decay": "schedule.kind"}
 
 
 class ChangedConfigError(ConfigError):
     """Something of this name exists that another configuration made; lists the difference and what it touches."""
 
 
-def first_stage(key: str) -> str | None:
-    """The first stage that a dotted key decides; None when it decides none."""
+@dataclass(frozen=True)
+class Change:
+    """A key that differs; None stands for a key that is not given."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def rule(self) -> Rule:
+        """What the change does."""
+        return rule_of(self.key)
+
+    def allowed_by(self, allow: Collection[str]) -> bool:
+        """Whether a resumed run takes it, when the keys (or whole sections) of `allow` may change."""
+        names = {self.key, _COMPANIONS.get(self.key, self.key)}
+        if self.key in _BUDGET_KEYS:
+            names |= _BUDGET_KEYS  # one budget replaces another
+        named = any(name == key or name.startswith(f"{key}.") for name in names for key in allow)
+        return self.rule.resume == "safe" or (self.rule.resume == "allow" and named)
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} -> {self.after!r}"
+
+
+_BUDGET_KEYS = frozenset(f"train.{budget}" for budget in BUDGETS)
+
+
+def rule_of(key: str) -> Rule:
+    """The rule of a dotted key; a key without one touches everything."""
     parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:length])
-        if prefix in _DECIDES:
-            return _DECIDES[prefix]
-    return STAGES[0]
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((RULES[prefix] for prefix in prefixes if prefix in RULES), _UNKNOWN)
 
 
-def refuse_changed(config: RunConfig, saved: Path, *, until: str = STAGES[-1]) -> None:
-    """Compare with the resolved copy that lies in the file `saved`; nothing is done when there is none.
+def changed_keys(old: Mapping[str, Any], config: RunConfig) -> list[Change]:
+    """What differs between the plain data of a saved configuration and the one that is wanted now."""
+    new: dict[str, Any] = json.loads(json.dumps(config_to_dict(config)))
+    return [Change(key, before, after) for key, (before, after) in difference(old, new).items()]
+
+
+def check_allowed(keys: Iterable[str]) -> None:
+    """Refuse an `--allow-change` that names no key.
+
+    Raises:
+        ConfigError: names the nearest key.
+    """
+    known = known_keys(RunConfig)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"--allow-change {key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def changes_at_resume(old: Mapping[str, Any], config: RunConfig, allow: Collection[str] = ()) -> list[Change]:
+    """What a run goes on with that its checkpoint did not have.
+
+    Args:
+        old: the configuration in the checkpoint, as plain data.
+        config: the configuration that is wanted now.
+        allow: keys, or whole sections, that may change.
+
+    Raises:
+        ChangedConfigError: when a change is not allowed; lists them all, with the remedy of each.
+    """
+    changes = changed_keys(old, config)
+    _refuse([change for change in changes if not change.allowed_by(allow)], config)
+    return changes
+
+
+def refuse_changed(
+    config: RunConfig,
+    saved: Path,
+    stages: Collection[str],
+    *,
+    trained_with: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+) -> None:
+    """Refuse what contradicts the artifacts of a run: all of it in one message.
 
     Args:
         config: the configuration that is wanted now.
-        saved: the resolved copy, as `dump_config` wrote it.
-        until: changes that touch only later stages are let through.
+        saved: the resolved copy beside the artifacts, as `dump_config` wrote it.
+        stages: those whose artifacts are there; a change of a key that decides one of them is refused.
+        trained_with: the configuration in the newest checkpoint; None when there is none.
+        allow: keys that a resumed training may change.
 
     Raises:
-        ChangedConfigError: lists every key that differs, the stages that it touches, and the remedy.
+        ChangedConfigError: lists every key in the way, the stages that it touches, and the remedy.
     """
-    if not saved.is_file():
+    old: dict[str, Any] = parse_yaml(saved.read_text(encoding="utf-8"), str(saved)) if saved.is_file() else {}
+    made = [change for change in changed_keys(old, config) if old and change.rule.stage in stages]
+    trained = [] if trained_with is None else changed_keys(trained_with, config)
+    refused = [*made, *(change for change in trained if not change.allowed_by(allow))]
+    _refuse(list({change.key: change for change in refused}.values()), config)
+
+
+def _refuse(changes: list[Change], config: RunConfig) -> None:
+    if not changes:
         return
-    old: dict[str, Any] = parse_yaml(saved.read_text(encoding="utf-8"), str(saved))
-    new: dict[str, Any] = json.loads(json.dumps(config_to_dict(config)))
     lines = []
-    for key, (before, after) in difference(old, new).items():
-        stage = first_stage(key)
-        if stage is not None and STAGES.index(stage) <= STAGES.index(until):
-            touched = ", ".join(STAGES[STAGES.index(stage) :])
-            lines.append(f"  {key}: {before!r} -> {after!r} (touches {touched})")
-    if lines:
-        raise ChangedConfigError(
-            f"`{config.directory}` was made with another configuration:\n"
-            + "\n".join(lines)
-            + f"\nGive this one another name (name={config.name}-2), or archive the old one (`pretrain run --fresh`)."
-        )
+    for change in changes:
+        rule = change.rule
+        touched = ", ".join(STAGES[STAGES.index(rule.stage) :] if rule.stage is not None else ())
+        if rule.resume == "allow":
+            remedy = f"{rule.reason}; --allow-change {change.key} goes on with it"
+        else:
+            remedy = f"it cannot change: {rule.reason}" if rule.resume == "refused" else "it is made already"
+        lines.append(f"  {change} (touches {touched}): {remedy}")
+    options = [f"--allow-change {change.key}" for change in changes if change.rule.resume == "allow"]
+    all_of_them = f"To go on with all of it: {' '.join(options)}. " if len(options) == len(changes) > 1 else ""
+    raise ChangedConfigError(
+        f"`{config.directory}` was made with another configuration:\n"
+        + "\n".join(lines)
+        + f"\n{all_of_them}Otherwise give this one another name (name={config.name}-2), or archive the old one "
+        "(`pretrain run --fresh`)."
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -15,7 +17,8 @@ from rich.console import Console
 
 from pretrain import __version__
 from pretrain.config import RunConfig, json_schema, load_config
-from pretrain.files import write_bytes
+from pretrain.data.submitted import SubmittedError
+from pretrain.files import lock_directory, write_bytes
 
 app = typer.Typer(
     name="pretrain",
@@ -27,6 +30,12 @@ app = typer.Typer(
 
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted overrides")]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change", metavar="KEY", help="go on from a checkpoint although this key differs from its own (repeat)"
+    ),
+]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, or a Hub name")]
 ModelDirectory = Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face model directory")]
 
@@ -43,10 +52,22 @@ def _going_on() -> Iterator[None]:
     except KeyboardInterrupt:
         _console().print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None
+    except SubmittedError as submitted:
+        _console().print(str(submitted), markup=False, highlight=False)
+        raise typer.Exit(75) from None
 
 
 def _config(name: str, overrides: list[str] | None) -> RunConfig:
     return load_config(name, overrides or [])
+
+
+def _own_config(name: str, overrides: list[str] | None) -> RunConfig:
+    """The configuration of a verb that writes into its run; a second process there is told before torch is loaded."""
+    config = _config(name, overrides)
+    if config.directory.is_dir():
+        with lock_directory(config.directory):
+            pass
+    return config
 
 
 @app.command()
@@ -55,34 +76,37 @@ def run(
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option(help="archive what lies under this name, and start anew")] = False,
     dry_run: Annotated[bool, typer.Option(help="one step of everything; print memory and ETA; leave nothing")] = False,
+    allow_change: AllowChange = None,
 ) -> None:
     """All stages: tokenizer, data, training, evaluation, export. What is made and unchanged is skipped."""
+    resolved = _config(config, overrides) if dry_run else _own_config(config, overrides)
     from pretrain import run as verb
 
-    resolved = _config(config, overrides)
     with _going_on():
         if dry_run:
             verb.dry_run(resolved, console=_console())
-        elif code := verb.run(resolved, fresh=fresh, console=_console()):
+        elif code := verb.run(resolved, fresh=fresh, allow_changes=allow_change or (), console=_console()):
             raise typer.Exit(code)
 
 
 @app.command()
 def tokenizer(config: ConfigName, overrides: Overrides = None) -> None:
     """Train a tokenizer on the text: a directory that AutoTokenizer loads."""
+    resolved = _own_config(config, overrides)
     from pretrain.tokenizer import train_tokenizer
 
     with _going_on():
-        _console().print(f"tokenizer: {train_tokenizer(_config(config, overrides), console=_console())}")
+        _console().print(f"tokenizer: {train_tokenizer(resolved, console=_console())}")
 
 
 @app.command()
 def prepare(config: ConfigName, overrides: Overrides = None) -> None:
     """Turn text into token shards."""
+    resolved = _own_config(config, overrides)
     from pretrain.prepare import prepare_data
 
     with _going_on():
-        _console().print(f"data: {prepare_data(_config(config, overrides), console=_console())}")
+        _console().print(f"data: {prepare_data(resolved, console=_console())}")
 
 
 @app.command()
@@ -92,12 +116,55 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: go on from the newest checkpoint; never: refuse if there is one")
     ] = "auto",
+    allow_change: AllowChange = None,
 ) -> None:
     """Pretrain on the prepared shards. Goes on where an earlier call stopped."""
+    resolved, allowed = _own_config(config, overrides), allow_change or ()
     from pretrain import train as verb
 
     with _going_on():
-        raise typer.Exit(verb.train(_config(config, overrides), resume=resume, console=_console()))
+        raise typer.Exit(verb.train(resolved, resume=resume, allow_changes=allowed, console=_console()))
+
+
+@app.command()
+def inspect(
+    config: ConfigName,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(help="as the log counts, from 1")] = 1,
+    rows: Annotated[str | None, typer.Option(metavar="A:B", help="rows A to B - 1; default: the first few")] = None,
+    split: Annotated[
+        str, typer.Option(help="train-NAME: rows of that source alone; validation: batch STEP of its pass")
+    ] = "train",
+    html: Annotated[Path | None, typer.Option(help="write the rows as a page here, instead of printing them")] = None,
+) -> None:
+    """Show the batch of a training step: text, token borders, documents, targets, sources. Changes nothing."""
+    from pretrain import inspect as verb
+
+    inspected = verb.inspect_step(_config(config, overrides), step, split=split)
+    if html is None:
+        verb.show(inspected, Console(), rows=rows)
+    else:
+        _console().print(f"{verb.write_page(inspected, html, rows=rows):,} rows: {html}", markup=False)
+
+
+@app.command()
+def data(
+    config: ConfigName,
+    overrides: Overrides = None,
+    html: Annotated[Path | None, typer.Option(help="write the report as a page here, too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """Report on the prepared data: documents, lengths, packing, sources, repetition, vocabulary, what was left out."""
+    from pretrain import data_report as verb
+
+    with _going_on():
+        report = verb.report_data(_config(config, overrides), console=_console())
+        if html is not None:
+            verb.write_page(report, html)
+        if as_json:
+            sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        else:
+            verb.show(report, Console())
 
 
 Tokenizer = Annotated[str | None, typer.Option(help="another tokenizer: a directory or a Hub name")]
@@ -251,8 +318,18 @@ def _options(
 def main() -> None:
     """Run the command line; a mistake of the user's is one message and exit code 2.
 
+    A stop signal outside the training loop, where there is nothing to save, ends it with 130 (SIGINT) or 143 (SIGTERM).
     With PRETRAIN_DEBUG=1 in the environment the traceback is shown instead.
     """
+    owner = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:  # a worker that was forked says nothing
+            _console().print(f"{signal.Signals(number).name}; run the same command again to go on")
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     try:
         app()
     except (ValueError, OSError) as error:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.changes import STAGES, ChangedConfigError, refuse_changed
+from pretrain.changes import STAGES, ChangedConfigError, changed_keys, check_allowed, refuse_changed
 from pretrain.config import BUDGETS, RunConfig, ScheduleConfig, config_to_dict, dump_config
 from pretrain.evaluate import evaluate_run
 from pretrain.export import export_model
@@ -23,28 +23,36 @@ from pretrain.files import (
     MANIFEST,
     ArtifactError,
     commit_directory,
+    lock_directory,
     read_manifest,
-    replace_file,
+    update_file,
     write_json,
     write_manifest,
 )
-from pretrain.prepare import is_prepared, prepare_data
+from pretrain.prepare import check_data, is_prepared, prepare_data
 from pretrain.runtime import describe_machine, peak_memory_bytes
 from pretrain.tokenizer import is_trained, train_tokenizer
-from pretrain.train import build_trainer, check, inputs_of, train
+from pretrain.train import build_trainer, check, inputs_of, train, trained_with
 from pretrain.training.progress import steps_of
 
 _FOLDERS = {"evaluate": "report", "export": "export"}
-_ARTIFACTS = ("tokenizer/manifest.json", "data/manifest.json", "train/checkpoints")
 _DRY_RUN_BYTES = 4_000_000
 
 
-def run(config: RunConfig, *, fresh: bool = False, console: Console | None = None) -> int:
+def run(
+    config: RunConfig,
+    *,
+    fresh: bool = False,
+    allow_changes: Collection[str] = (),
+    console: Console | None = None,
+) -> int:
     """Make every artifact of a run that is not there yet; return the exit code (75: stopped and saved).
 
     Args:
         config: the run configuration.
         fresh: archive what lies under this name, and start anew.
+        allow_changes: keys of the configuration, or whole sections, that training may go on with although the
+            checkpoint had others.
         console: where progress is shown.
 
     Raises:
@@ -53,19 +61,23 @@ def run(config: RunConfig, *, fresh: bool = False, console: Console | None = Non
     console = console or Console(stderr=True)
     directory = config.directory
     if fresh and directory.exists():
+        with lock_directory(directory):  # nobody works there
+            pass
         console.print(f"archived the old run as {archive(directory)}", highlight=False)
     check(config)
-    if any((directory / place).exists() for place in _ARTIFACTS):  # a first try that made nothing binds nobody
-        refuse_changed(config, directory / "config.yaml")
-    refuse_changed(config, directory / "train" / "config.yaml", until="train")
+    check_allowed(allow_changes)
+    if not (directory / "data" / MANIFEST).is_file():  # data that are made may lie where filters are not
+        check_data(config)
+    made = [stage for stage in ("tokenizer", "data", "export") if (directory / stage / MANIFEST).is_file()]
+    refuse_changed(config, directory / "config.yaml", made, trained_with=trained_with(config), allow=allow_changes)
     _refuse_stale(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / "config.yaml", dump_config(config).encode())
-    for stage in STAGES:
-        if is_made(config, stage):
-            console.print(f"{stage}: made already, unchanged", highlight=False)
-        elif code := _make(config, stage, console):
-            return code
+    with lock_directory(directory):
+        update_file(directory / "config.yaml", dump_config(config).encode())
+        for stage in STAGES:
+            if is_made(config, stage):
+                console.print(f"{stage}: made already, unchanged", highlight=False)
+            elif code := _make(config, stage, allow_changes, console):
+                return code
     console.print(summary_table([directory]))
     return 0
 
@@ -108,8 +120,12 @@ def is_made(config: RunConfig, stage: str) -> bool:
     if stage == "data":
         return is_prepared(config)
     checkpoint = _final_checkpoint(directory)
-    if checkpoint is None or stage == "train":
-        return checkpoint is not None and read_manifest(checkpoint, "checkpoint").inputs == inputs_of(config)
+    if checkpoint is None:
+        return False
+    if stage == "train":
+        manifest = read_manifest(checkpoint, "checkpoint")
+        same = not any(change.rule.stage == "train" for change in changed_keys(manifest.config, config))
+        return same and manifest.inputs == inputs_of(config)
     try:
         made_from = read_manifest(directory / _FOLDERS[stage], stage).inputs["checkpoint"]
     except ArtifactError:
@@ -126,14 +142,14 @@ def _final_checkpoint(directory: Path) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _make(config: RunConfig, stage: str, console: Console) -> int:
+def _make(config: RunConfig, stage: str, allow_changes: Collection[str], console: Console) -> int:
     console.rule(f"[bold]{config.name}: {stage}")
     if stage == "tokenizer":
         train_tokenizer(config, console=console)
     elif stage == "data":
         prepare_data(config, console=console)
     elif stage == "train":
-        return train(config, console=console)
+        return train(config, allow_changes=allow_changes, console=console)
     elif stage == "evaluate":
         _evaluate(config, console)
     else:
@@ -232,6 +248,8 @@ def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
     """
     console = console or Console(stderr=True)
     check(config)
+    if not (config.directory / "data" / MANIFEST).is_file():
+        check_data(config)
     with tempfile.TemporaryDirectory(prefix="pretrain-dry-run-") as folder:
         trial = _trial(config, Path(folder))
         borrowed = _borrow_or_make(config, trial, console)

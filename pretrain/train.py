@@ -6,7 +6,7 @@ What lives here: which parts make up a run. What must not: how any of them works
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pretrain.changes import refuse_changed
-from pretrain.config import RunConfig, dump_config
+from pretrain.changes import changes_at_resume, check_allowed
+from pretrain.config import RunConfig
 from pretrain.data.loader import DataPlane
 from pretrain.data.validation import ValidationData
+from pretrain.data.verification import verify_run
 from pretrain.evaluation.likelihood import evaluate_batches
-from pretrain.files import lock_directory, read_manifest, replace_file
+from pretrain.files import lock_directory, read_manifest, update_file
 from pretrain.interop import stock_config
 from pretrain.model_dir import PublishedStore, read_loom
 from pretrain.models import LoomPreTrainedModel, flops_per_token, loom_config, model_from_config, pick_backend
@@ -28,7 +29,7 @@ from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, make_accelerator, 
 from pretrain.training import checkpoint
 from pretrain.training.optim import build_optimizer as _build_optimizer
 from pretrain.training.progress import Result
-from pretrain.training.trainer import EvaluationContext, Evaluator, Trainer
+from pretrain.training.trainer import EvaluationContext, EvaluationStopped, Evaluator, Trainer
 
 
 def check(config: RunConfig) -> None:
@@ -147,9 +148,15 @@ def build_evaluators(config: RunConfig) -> dict[str, Evaluator]:
 def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
     def evaluator(model: nn.Module, context: EvaluationContext) -> Mapping[str, float]:
         rows = data.batches(max_tokens=config.evaluate.max_tokens)
-        batches = (batch.arrays for batch in rows)
+
+        def batches() -> Iterator[Mapping[str, Any]]:
+            for batch in rows:
+                if context.stopping():
+                    raise EvaluationStopped
+                yield batch.arrays
+
         num_bytes = rows.num_bytes if config.objective.kind != "mlm" else None
-        return evaluate_batches(model, batches, device=context.device, num_bytes=num_bytes)
+        return evaluate_batches(model, batches(), device=context.device, num_bytes=num_bytes)
 
     return evaluator
 
@@ -194,12 +201,24 @@ def build_trainer(
     )
 
 
-def train(config: RunConfig, *, resume: str = "auto", console: Console | None = None) -> int:
+def trained_with(config: RunConfig) -> dict[str, Any] | None:
+    """The configuration in the newest checkpoint of a run, as plain data; None when there is no checkpoint."""
+    return checkpoint.newest_config(config.directory / "train")
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: str = "auto",
+    allow_changes: Collection[str] = (),
+    console: Console | None = None,
+) -> int:
     """Train a run to its end, from wherever it stands; return the exit code (0 done, 75 stopped and saved).
 
     Args:
         config: the run configuration; its resolved copy is written beside the checkpoints.
         resume: `auto` goes on from the newest checkpoint; `never` refuses when there is one.
+        allow_changes: keys of the configuration, or whole sections, that may differ from the checkpoint's.
         console: where progress is shown.
 
     Raises:
@@ -212,13 +231,19 @@ def train(config: RunConfig, *, resume: str = "auto", console: Console | None = 
     if resume == "never" and checkpoint.list_checkpoints(directory):
         raise ValueError(f"--resume never, but `{directory}` holds checkpoints; give another name=, or --resume auto")
     check(config)
+    check_allowed(allow_changes)
     inputs_of(config)  # a run without tokenizer or data is refused before its directory is made
-    with lock_directory(directory):
-        if checkpoint.list_checkpoints(directory):
-            refuse_changed(config, directory / "config.yaml", until="train")
+    verify_run(config, console)
+    with lock_directory(config.directory):
+        old = trained_with(config)
+        if old is not None:  # before a model of another shape is built; the trainer looks at what it really takes up
+            changes_at_resume(old, config, allow_changes)
+        elif (directory / "config.yaml").is_file() and not any((directory / "checkpoints").glob("step-*")):
+            console.print(
+                f"an earlier start in {directory} ended before it saved anything: starting at step 0", highlight=False
+            )
         trainer = build_trainer(config, console=console)
-        replace_file(directory / "config.yaml", dump_config(config).encode())
-        return report(trainer.train(), directory, console)
+        return report(trainer.train(allow_changes=allow_changes), directory, console)
 
 
 def report(result: Result, directory: Path, console: Console) -> int:
@@ -240,9 +265,14 @@ def report(result: Result, directory: Path, console: Console) -> int:
         "best": progress.best,
         "checkpoint": result.checkpoint.name,
         "run_id": progress.run_id,
+        "skipped": progress.guard.skipped,
     }
-    replace_file(directory / "result.json", (json.dumps(summary, indent=2) + "\n").encode())
+    if progress.changes:
+        summary["changes"] = progress.changes
+    update_file(directory / "result.json", (json.dumps(summary, indent=2) + "\n").encode())
     console.print(
         f"trained {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min; {result.checkpoint}", highlight=False
     )
+    if skipped := progress.guard.summary():
+        console.print(f"{skipped}; {directory / 'skipped.jsonl'} names the rows", highlight=False)
     return 0

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pretrain import run as verb
 from pretrain.config import RunConfig, config_from_dict, config_to_dict
+from pretrain.files import read_manifest, write_manifest
 from pretrain.runtime import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,6 +159,29 @@ def test_the_train_verb_alone_refuses_a_changed_configuration(made: tuple[RunCon
     assert digest(configuration.directory) == before
 
 
+def test_a_finished_run_is_taken_further_by_leave_and_made_anew_from_there(corpus: Path, tmp_path: Path) -> None:
+    """Training, evaluation and export go on from the longer run; without leave, or without effect, nothing changes."""
+    flat = {"kind": "constant", "warmup": 0}
+    assert verb.run(config(corpus, tmp_path, train={"steps": 2}, schedule=flat), console=recorded()) == 0
+    longer = config(corpus, tmp_path, train={"steps": 4}, schedule=flat)
+    before = digest(longer.directory)
+    with pytest.raises(verb.ChangedConfigError, match=r"train\.steps: 2 -> 4 .*--allow-change train\.steps"):
+        verb.run(longer, console=recorded())
+    assert digest(longer.directory) == before
+    console = recorded()
+    assert verb.run(longer, allow_changes=["train.steps"], console=console) == 0
+    assert "data: made already" in text_of(console)
+    assert "going on from step 2 of 4" in text_of(console)
+    scores = json.loads((longer.directory / "report" / "manifest.json").read_text())["inputs"]
+    final = longer.directory / "train" / "checkpoints" / "step-00000004"
+    assert scores["checkpoint"] == read_manifest(final, "checkpoint").digest
+    after = digest(longer.directory)
+    console = recorded()
+    assert verb.run(longer, console=console) == 0  # the same again needs no leave any more
+    assert "train: made already, unchanged" in text_of(console)
+    assert digest(longer.directory) == after
+
+
 def test_a_first_try_that_made_nothing_binds_nobody(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing-here.txt"):
         verb.run(config(tmp_path / "nothing-here.txt", tmp_path), console=recorded())
@@ -188,15 +212,26 @@ def test_the_exports_home_must_fit_a_model_from_elsewhere(
 
 
 def test_one_process_at_a_time(made: tuple[RunConfig, str]) -> None:
-    from pretrain.files import ArtifactError, lock_directory
+    from pretrain.files import ArtifactError
+    from pretrain.prepare import prepare_data
+    from pretrain.tokenizer import train_tokenizer
     from pretrain.train import train
 
     configuration, _ = made
-    with (
-        lock_directory(configuration.directory / "train"),
-        pytest.raises(ArtifactError, match="another process works in"),
-    ):
-        train(configuration, console=recorded())
+    holding = (
+        "import sys\nfrom pathlib import Path\nfrom pretrain.files import lock_directory\n"
+        "with lock_directory(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", holding, str(configuration.directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        for function in (train_tokenizer, prepare_data, train, verb.run):
+            with pytest.raises(ArtifactError, match=f"process {holder.pid} on .* works in"):
+                function(configuration, console=recorded())
+        holder.kill()
+    assert verb.run(configuration, console=recorded()) == 0, "a killed holder's lock clears itself"
+    assert not (configuration.directory / ".lock").exists()
 
 
 def test_changed_text_is_refused_before_anything_is_replaced(corpus: Path, tmp_path: Path) -> None:
@@ -216,10 +251,10 @@ def test_data_made_again_are_trained_on_again(corpus: Path, tmp_path: Path) -> N
     configuration = config(corpus, tmp_path, train={"steps": 2})
     assert verb.run(configuration, console=recorded()) == 0
     assert verb.is_made(configuration, "train")
-    manifest = configuration.directory / "data" / "manifest.json"
-    raw = json.loads(manifest.read_text())
-    raw["files"] = dict.fromkeys(raw["files"], "0" * 64)
-    manifest.write_text(json.dumps(raw))
+    data = configuration.directory / "data"
+    old = read_manifest(data, "data")
+    other = dict.fromkeys(old.files, "0" * 64)
+    write_manifest(data, kind="data", config=old.config, inputs=old.inputs, files=other, facts=old.facts)
     assert not verb.is_made(configuration, "train")
 
 

@@ -8,13 +8,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pretrain.config import RunConfig
+from pretrain.training.guard import GuardState
 
 
 @dataclass
 class Progress:
-    """Where a run stands; a checkpoint holds it. `tokens` counts positions, `text_tokens` leaves out padding."""
+    """Where a run stands; a checkpoint holds it.
+
+    `tokens` counts positions, `text_tokens` leaves out padding. `arithmetic` is precision and device as they were
+    resolved. `changes` tells what was changed on the way: step, key, before, after.
+    """
 
     run_id: str
     total_steps: int
@@ -27,6 +33,18 @@ class Progress:
     best: dict[str, float] | None = None
     scores: dict[str, float] = field(default_factory=dict)
     scored_at: int | None = None
+    arithmetic: str = ""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    guard: GuardState = field(default_factory=GuardState)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.guard, dict):  # as a checkpoint holds it
+            self.guard = GuardState(**self.guard)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole budget was trained, and the end was evaluated."""
+        return self.step >= self.total_steps and self.scored_at == self.step
 
 
 @dataclass(frozen=True)
@@ -39,8 +57,8 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        """Whether the whole budget was trained."""
-        return self.progress.step >= self.progress.total_steps
+        """Whether nothing is left to do."""
+        return self.progress.finished
 
 
 def steps_of(config: RunConfig, num_rows: int, seconds_per_step: float | None) -> int:

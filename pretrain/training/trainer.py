@@ -14,8 +14,9 @@ import math
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +33,8 @@ from pretrain.files import replace_file
 from pretrain.runtime import StopSignals, make_accelerator, peak_memory_bytes, set_seed
 from pretrain.training import checkpoint
 from pretrain.training.flops import peak_flops
-from pretrain.training.metrics import Metrics, open_metrics
+from pretrain.training.guard import Guard, Verdict, error, message
+from pretrain.training.metrics import JsonLines, Metrics, open_metrics
 from pretrain.training.progress import Progress, Result, budget_minutes, steps_of
 from pretrain.training.saving import ModelStore, Saver
 from pretrain.training.schedule import learning_rate_scale
@@ -41,8 +43,8 @@ _CPU_MICRO_BATCH_TOKENS = 4096
 _PROBE_SECONDS = 6.0
 
 
-class NonFiniteError(ValueError):
-    """The loss or the gradient became NaN or infinite, and `train.on_nonfinite` is stop; names step and rows."""
+class EvaluationStopped(Exception):  # noqa: N818 (it is no error)
+    """An evaluator saw `context.stopping()`: its scores are not wanted now, the run makes them when it goes on."""
 
 
 class Batch(Protocol):
@@ -82,6 +84,8 @@ class EvaluationContext:
     device: torch.device
     config: RunConfig
     directory: Path
+    stopping: Callable[[], bool] = lambda: False
+    """Whether the run was asked to stop; a long evaluator looks now and then, and raises `EvaluationStopped`."""
 
 
 Evaluator = Callable[[nn.Module, EvaluationContext], Mapping[str, float]]
@@ -140,46 +144,79 @@ class Trainer:
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
+        self.guard = Guard.of(config.train, scaled=self.accelerator.scaler is not None)
         self.micro_batch = self._choose_micro_batch()
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
-    def train(self, *, resume: bool = True) -> Result:
+    def train(self, *, resume: bool = True, allow_changes: Collection[str] = ()) -> Result:
         """Train to the end of the budget, or until a stop signal; save; return where the run stands.
 
+        Args:
+            resume: go on from the newest whole checkpoint, if there is one.
+            allow_changes: keys of the configuration, or whole sections, that may differ from the checkpoint's.
+
         Raises:
+            ChangedConfigError: when the configuration differs from the checkpoint's in a way that is not allowed.
             ArtifactError: when a checkpoint that is there does not fit; nothing starts over in silence.
-            NonFiniteError: when the loss or the gradient is not finite and the policy is stop.
+            NonFiniteError, SpikeError: when a step is not finite or spikes, and the policy is stop.
         """
         set_seed(self.config.train.seed)
-        progress = self.saver.resume() if resume else None
-        if progress is None:
-            steps = self._total_steps()
-            progress = Progress(run_id=uuid.uuid4().hex[:12], total_steps=steps, micro_batch=self.micro_batch)
-            for line in self.data.for_run(steps):
-                self.console.print(line, highlight=False)
-        elif self.config.train.micro_batch == "auto":
-            self.micro_batch = progress.micro_batch
-        if progress.step >= progress.total_steps:
-            return Result(progress, checkpoint.checkpoint_path(self.directory, progress.step))
+        with StopSignals(self.config.train.stop_signals) as stop:
+            progress = self.saver.resume(allow_changes) if resume else None
+            saved = None if progress is None else progress.step
+            if progress is None:
+                progress = self._begin()
+            elif self.config.train.micro_batch == "auto":
+                self.micro_batch = progress.micro_batch
+            progress.micro_batch = self.micro_batch
+            if not progress.finished:
+                saved = self._loop(progress, saved, stop)
+        assert saved is not None
+        stopped_by = None if progress.finished else stop.received
+        return Result(progress, checkpoint.checkpoint_path(self.directory, saved), stopped_by)
+
+    def _begin(self) -> Progress:
+        """Step 0 of a new run, its length fixed."""
+        self.saver.write_copies()
+        steps = self._total_steps()
+        for line in self.data.for_run(steps):
+            self.console.print(line, highlight=False)
+        run_id = uuid.uuid4().hex[:12]
+        arithmetic = self.saver.arithmetic
+        return Progress(run_id=run_id, total_steps=steps, micro_batch=self.micro_batch, arithmetic=arithmetic)
+
+    def _loop(self, progress: Progress, saved: int | None, stop: StopSignals) -> int:
+        """Steps, evaluations and saves to the end, or until a stop; returns the step that was saved last.
+
+        An evaluation that a stop signal cut short is made when the run goes on.
+        """
         evaluate_every = max(1, amount_in_steps(self.config.evaluate.every, progress.total_steps))
         save_every = max(1, amount_in_steps(self.config.checkpoint.every, progress.total_steps))
-        last_saved = progress.step if progress.step else None
-        with StopSignals(self.config.train.stop_signals) as stop, self._open_metrics(progress) as metrics:
-            if progress.step == 0:
-                self._evaluate(progress, metrics)
+        self.saver.check_space(progress, save_every=save_every, judged=bool(self.judges))
+
+        def settle() -> None:
+            """Evaluate and save where this step wants it."""
+            nonlocal saved
+            done, wanted = progress.step == progress.total_steps, progress.step % evaluate_every == 0
+            known = progress.scored_at == progress.step and progress.step > 0  # nothing is kept of a start at step 0
+            if (done or wanted) and not known and not stop.requested:
+                self._evaluate(progress, metrics, stop)
+                saved = saved if saved != progress.step else None  # a save without its scores is made again
+            if progress.step and saved != progress.step and (done or progress.step % save_every == 0):
+                whole = self.saver.save(progress, loss=self._judged(progress), last=done or stop.requested)
+                saved = progress.step if whole is not None else saved
+
+        with self._open_metrics(progress) as metrics:
+            settle()
             for micro_batches, waited in self._batches(progress):
-                self._step(progress, micro_batches, waited, metrics)
-                done = progress.step == progress.total_steps
-                if done or progress.step % evaluate_every == 0:
-                    self._evaluate(progress, metrics)
-                if done or stop.requested or progress.step % save_every == 0:
-                    self.saver.save(progress, loss=self._judged(progress))
-                    last_saved = progress.step
                 if stop.requested:
                     break
-        assert last_saved is not None
-        return Result(progress, checkpoint.checkpoint_path(self.directory, last_saved), stop.received)
+                self._step(progress, micro_batches, waited, metrics)
+                settle()
+            if saved != progress.step:
+                self.saver.save(progress, loss=self._judged(progress))
+        return progress.step
 
     def _step(self, progress: Progress, micro_batches: Sequence[Batch], waited: float, metrics: Metrics) -> None:
         """One optimizer step over the global batch, normalized by its number of targets."""
@@ -187,9 +224,11 @@ class Trainer:
         scale = learning_rate_scale(progress.step, progress.total_steps, self.config.schedule)
         self._set_learning_rate(scale)
         loss, norm = self._forward_backward(micro_batches)
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None)
-        if finite or self.accelerator.scaler is not None:  # a scaler skips the update itself, and must see each step
+        verdict = self.guard.judge(progress.guard, loss, norm)
+        if verdict.update:
             self.optimizer.step()
+        elif self.accelerator.scaler is not None:  # it has seen the gradients: let it find its scale
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started + waited
         progress.seconds += seconds
@@ -198,10 +237,11 @@ class Trainer:
         progress.tokens += self.config.train.batch_tokens
         num_tokens = sum(batch.num_tokens for batch in micro_batches)
         progress.text_tokens += num_tokens
-        if not finite or progress.step % self.config.log.every == 0 or progress.step == progress.total_steps:
-            metrics.write(progress.step, self._numbers(progress, loss, norm, scale, seconds, waited, num_tokens))
-        if not finite:
-            self._report_nonfinite(progress.step, loss, norm, micro_batches)
+        if verdict.why or progress.step % self.config.log.every == 0 or progress.step == progress.total_steps:
+            numbers = self._numbers(progress, loss, norm, scale, seconds, waited, num_tokens)
+            metrics.write(progress.step, numbers | verdict.numbers())
+        if verdict.why and (verdict.why != "overflow" or verdict.stop):
+            self._report(progress, verdict, loss, norm, micro_batches)
 
     def _forward_backward(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
         """Gradients of the global batch, clipped. Returns its loss and the norm of the gradient before clipping."""
@@ -216,14 +256,22 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
         return total.item(), float(norm)
 
-    def _report_nonfinite(self, step: int, loss: float, norm: float, micro_batches: Sequence[Batch]) -> None:
-        rows = ", ".join(str(row) for batch in micro_batches for row in batch.row_ids.tolist())
-        message = f"step {step}: loss {loss}, gradient norm {norm}; the update was not made; rows {rows}"
-        if self.config.train.on_nonfinite == "stop":
-            raise NonFiniteError(
-                f"{message}; set train.on_nonfinite=skip to go on, or start another run with a lower lr"
-            )
-        self.console.print(message)
+    def _report(
+        self, progress: Progress, verdict: Verdict, loss: float, norm: float, micro_batches: Sequence[Batch]
+    ) -> None:
+        """Name the rows of a step that the guard found fault with: a line here, and one in `skipped.jsonl`.
+
+        Raises:
+            NonFiniteError, SpikeError: when the run ends here.
+        """
+        step, rows = progress.step, [row for batch in micro_batches for row in batch.row_ids.tolist()]
+        found = {"why": verdict.why, "skipped": not verdict.update, "loss": loss, "grad_norm": norm, "rows": rows}
+        with suppress(OSError), closing(JsonLines(self.directory / "skipped.jsonl", first_step=step - 1)) as record:
+            record.write(step, found)  # a full disk must not end the training
+        line = message(step, verdict, rows, f"pretrain inspect {self.directory / 'config.yaml'} --step {step}")
+        if verdict.stop:
+            raise error(verdict, line, progress.guard.in_a_row)
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _numbers(
         self, progress: Progress, loss: float, norm: float, scale: float, seconds: float, waited: float, tokens: int
@@ -347,18 +395,22 @@ class Trainer:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, progress: Progress, metrics: Metrics) -> None:
-        """Run every evaluator; scores go to the sinks as `name/score`."""
+    def _evaluate(self, progress: Progress, metrics: Metrics, stop: StopSignals) -> None:
+        """Run every evaluator; scores go to the sinks as `name/score`. A stop signal may end it without any."""
         self.model.eval()
-        context = EvaluationContext(progress.step, self.device, self.config, self.directory)
+        context = EvaluationContext(progress.step, self.device, self.config, self.directory, lambda: stop.requested)
         rng = checkpoint.capture_rng()
-        progress.scores = {}
-        with torch.no_grad():
-            for name, evaluator in self.evaluators.items():
-                for score, value in evaluator(self.model, context).items():
-                    progress.scores[f"{name}/{score}"] = float(value)
-        checkpoint.restore_rng(rng)
-        progress.scored_at = progress.step
+        scores: dict[str, float] = {}
+        try:
+            with torch.no_grad():
+                for name, evaluator in self.evaluators.items():
+                    for score, value in evaluator(self.model, context).items():
+                        scores[f"{name}/{score}"] = float(value)
+        except EvaluationStopped:
+            return
+        finally:
+            checkpoint.restore_rng(rng)
+        progress.scores, progress.scored_at = scores, progress.step
         if progress.scores:
             metrics.write(progress.step, progress.scores)
 

@@ -20,9 +20,10 @@ from torch import nn
 from pretrain.config import RunConfig, config_from_dict
 from pretrain.files import write_safetensors
 from pretrain.training.checkpoint import list_checkpoints, optimizer_state_by_name, read_pointer, tensor_bytes
+from pretrain.training.guard import NonFiniteError
 from pretrain.training.optim import build_optimizer
 from pretrain.training.progress import steps_of
-from pretrain.training.trainer import NonFiniteError, Trainer
+from pretrain.training.trainer import Trainer
 
 LENGTH, VOCABULARY, WIDTH = 8, 32, 16
 
