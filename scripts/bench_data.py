@@ -1,10 +1,15 @@
 """Speed of the data plane, side by side with what people run, on the embedded corpus and one core.
 
-What lives here: measuring. Three ways to token shards with the same tokenizer, interleaved: the bare
-`Tokenizer.encode_batch_fast`; what transformers' run_clm.py does (`datasets.map` with the tokenizer, then with
-group_texts); and `pretrain prepare`, text files to committed shards. Then the loader alone, packed, causal and masked.
+What lives here: measuring, in four parts.
 
-    python scripts/bench_data.py [--repeats 5] [--copies 2] [--json FILE]
+    prepare   three ways to token shards with the same tokenizer, interleaved: the bare `Tokenizer.encode_batch_fast`;
+              what transformers' run_clm.py does (`datasets.map` with the tokenizer, then with group_texts); and
+              `pretrain prepare`, text files to committed shards
+    loader    the loader alone, packed, causal and masked, inline
+    packing   the plan of 10^8 synthetic documents: minutes and peak memory (about 8 GB), each in a fresh process
+    wait      the share of a training step spent waiting for data, in the quickstart's shape
+
+    python scripts/bench_data.py [--parts loader,packing,wait] [--repeats 5] [--copies 2] [--json FILE]
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,14 +36,16 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from pretrain.config import ObjectiveConfig, RunConfig, config_from_dict
+from pretrain.config import ObjectiveConfig, RunConfig, config_from_dict, load_config
 from pretrain.data.loader import DataPlane
 from pretrain.data.packing import PackingSpec, plan_packing
 from pretrain.data.sources import corpus_digest, stdlib_corpus
+from pretrain.data.vocabulary import read_vocabulary
 from pretrain.files import write_json, write_manifest
 from pretrain.prepare import prepare_data
 
 SEQUENCE_LENGTH = 1024
+PARTS = ("prepare", "loader", "packing", "wait")
 SPECIAL = {
     "pad": "[PAD]",
     "unk": "[UNK]",
@@ -63,7 +71,7 @@ def make_tokenizer(directory: Path, texts: list[str], vocab_size: int) -> None:
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     write_json(directory / "tokenizer_config.json", {f"{role}_token": token for role, token in SPECIAL.items()})
-    write_manifest(directory, kind="tokenizer", config={})
+    write_manifest(directory, kind="tokenizer", config={}, facts=read_vocabulary(directory).facts())
 
 
 def bare(tokenizer: Path, texts: list[str], scratch: Path) -> int:
@@ -184,7 +192,7 @@ def bench_prepare(root: Path, repeats: int) -> dict[str, Any]:
 
 
 def bench_loader(root: Path, repeats: int) -> dict[str, float]:
-    """Millions of token positions a second of `DataPlane.batch`, inline, on one core."""
+    """Millions of token positions a second of processor time of `DataPlane.batch`, inline; the best round."""
     out = {}
     config = config_for(root, "loader", root / "text")
     config.directory.mkdir()
@@ -198,20 +206,61 @@ def bench_loader(root: Path, repeats: int) -> dict[str, float]:
             steps = max(2, 2048 // rows)
             seconds = []
             for _ in range(repeats):
-                start = time.perf_counter()
+                start = time.process_time()
                 for step in range(steps):
                     data.batch(step)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.process_time() - start)
             out[f"{kind}, {rows} rows ({layout})"] = steps * rows * SEQUENCE_LENGTH / min(seconds) / 1e6
     return out
 
 
-def bench_packing(documents: int) -> dict[str, float]:
-    """Seconds to plan documents with log-normal lengths (median 400)."""
-    lengths = np.exp(np.random.default_rng(0).normal(6.0, 1.0, documents)).astype(np.int64) + 1
-    start = time.perf_counter()
-    plan = plan_packing(lengths, PackingSpec(SEQUENCE_LENGTH, "decoder", 1, 1, 64))
-    return {"documents": documents, "seconds": time.perf_counter() - start, "utilisation": plan.utilisation}
+def bench_packing(documents: int) -> list[dict[str, float]]:
+    """Plans for two lengths of rows, each made in a process of its own, so that its peak memory can be told."""
+    plans = []
+    for length in (1024, 512):
+        command = [sys.executable, __file__, "--plan", str(length), "--documents", str(documents)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        plans.append(json.loads(done.stdout))
+    return plans
+
+
+def plan(documents: int, sequence_length: int) -> dict[str, float]:
+    """Minutes and memory to plan documents with log-normal lengths, 500 tokens on average."""
+    generator = np.random.default_rng(0)
+    lengths = np.empty(documents, dtype=np.int64)
+    for start in range(0, documents, 1 << 22):
+        part = lengths[start : start + (1 << 22)]
+        part[:] = np.exp(generator.normal(5.714, 1.0, len(part)))
+    lengths += 1
+    start, busy = time.perf_counter(), time.process_time()
+    made = plan_packing(lengths, PackingSpec(sequence_length, "decoder", 1, 1, 64))
+    return {
+        "documents": documents,
+        "sequence_length": sequence_length,
+        "tokens": int(lengths.sum()),
+        "pieces": len(made.pieces),
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - busy,
+        "utilisation": made.utilisation,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def bench_wait(root: Path, steps: int) -> dict[str, float]:
+    """Train the quickstart's GPT for some steps; the share of their time that the trainer waited for batches."""
+    from pretrain.train import build_trainer
+
+    keys = [f"out={root}", f"data.train=[{root / 'text'}]", "data.document=file", f"train.steps={steps}"]
+    keys += ["evaluate.every=1000000", "checkpoint.every=1000000", "log.to=[jsonl]"]
+    config = load_config("quickstart-gpt", keys)
+    config.directory.mkdir()
+    (config.directory / "tokenizer").symlink_to(root / "tokenizer", target_is_directory=True)
+    prepare_data(config)
+    build_trainer(config, evaluators={}).train()
+    log = [json.loads(line) for line in (config.directory / "train" / "metrics.jsonl").read_text().splitlines()]
+    seconds = np.diff([line["seconds"] for line in log], prepend=0.0)
+    waited = sum(line["data_wait"] * spent for line, spent in zip(log, seconds, strict=True))
+    return {"steps": steps, "seconds": float(seconds.sum()), "data_wait": waited / float(seconds.sum())}
 
 
 def main() -> None:
@@ -220,15 +269,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--copies", type=int, default=2, help="times the embedded corpus is taken")
     parser.add_argument("--vocab-size", type=int, default=16_384)
-    parser.add_argument("--documents", type=int, default=10_000_000, help="for the packing plan")
+    parser.add_argument("--documents", type=int, default=100_000_000, help="for the packing plan")
+    parser.add_argument("--steps", type=int, default=30, help="to train while the wait for data is measured")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure, separated by commas")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     parser.add_argument("--time", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--plan", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     console = Console()
     if options.time is not None:
         print(time_one(options.root, options.time))
         return
+    if options.plan is not None:
+        print(json.dumps(plan(options.documents, options.plan)))
+        return
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         (root / "text").mkdir()
@@ -237,39 +295,48 @@ def main() -> None:
         for number, text in enumerate(texts):
             (root / "text" / f"{number:06d}.txt").write_bytes(text.encode())
         make_tokenizer(root / "tokenizer", once, options.vocab_size)
-        result = {
-            "corpus": corpus_digest(),
-            "prepare": bench_prepare(root, options.repeats),
-            "loader_million_tokens_per_second": bench_loader(root, options.repeats),
-            "packing": bench_packing(options.documents),
+        measures: dict[str, Callable[[], Any]] = {
+            "prepare": lambda: bench_prepare(root, options.repeats),
+            "loader": lambda: bench_loader(root, options.repeats),
+            "packing": lambda: bench_packing(options.documents),
+            "wait": lambda: bench_wait(root, options.steps),
         }
+        result = {"corpus": corpus_digest(), **{part: measures[part]() for part in PARTS if part in parts}}
     show(console, result)
     if options.json is not None:
         write_json(options.json, result)
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
-    """The numbers as tables."""
-    prepare = result["prepare"]
-    table = Table(title=f"text to tokens, {prepare['megabytes']:.1f} MB, one core")
-    table.add_column("way")
-    table.add_column("MB/s", justify="right")
-    table.add_column("ours is", justify="right")
-    for name, rate in prepare["megabytes_per_second"].items():
-        ratio = prepare.get(f"ours_to_{name}")
-        table.add_row(name, f"{rate:.2f}", f"{ratio:.2f} x" if ratio is not None else "")
-    console.print(table)
-    table = Table(title="loader alone, one core")
-    table.add_column("batch")
-    table.add_column("million tokens/s", justify="right")
-    for name, rate in result["loader_million_tokens_per_second"].items():
-        table.add_row(name, f"{rate:.1f}")
-    console.print(table)
-    packing = result["packing"]
-    console.print(
-        f"packing plan of {packing['documents']:,} documents: {packing['seconds']:.1f} s, "
-        f"{packing['utilisation']:.2%} used"
-    )
+    """The numbers that were measured, as tables and lines."""
+    if prepare := result.get("prepare"):
+        table = Table(title=f"text to tokens, {prepare['megabytes']:.1f} MB, one core")
+        table.add_column("way")
+        table.add_column("MB/s", justify="right")
+        table.add_column("ours is", justify="right")
+        for name, rate in prepare["megabytes_per_second"].items():
+            ratio = prepare.get(f"ours_to_{name}")
+            table.add_row(name, f"{rate:.2f}", f"{ratio:.2f} x" if ratio is not None else "")
+        console.print(table)
+    if loader := result.get("loader"):
+        table = Table(title="loader alone, one core")
+        table.add_column("batch")
+        table.add_column("million tokens/s", justify="right")
+        for name, rate in loader.items():
+            table.add_row(name, f"{rate:.1f}")
+        console.print(table)
+    for packing in result.get("packing", ()):
+        console.print(
+            f"packing plan of {packing['documents']:,} documents ({packing['tokens'] / 1e9:.1f} billion tokens) into "
+            f"rows of {packing['sequence_length']}: {packing['seconds'] / 60:.2f} min "
+            f"({packing['processor_seconds'] / 60:.2f} of the processor), peak {packing['peak_gib']:.1f} GiB, "
+            f"{packing['pieces']:,} pieces, {packing['utilisation']:.2%} used",
+            highlight=False,
+        )
+    if wait := result.get("wait"):
+        console.print(
+            f"data wait in the quickstart's GPT: {wait['data_wait']:.3%} of {wait['steps']} steps", highlight=False
+        )
 
 
 if __name__ == "__main__":

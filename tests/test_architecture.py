@@ -29,6 +29,7 @@ LEVELS = {
     "training": 5,
     "evaluation": 5,
     "interop": 5,
+    "pages": 5,
     "model_dir": 6,
     "tokenizer": 7,
     "prepare": 7,
@@ -54,6 +55,7 @@ DOORS = {
     "trackio": ("training/metrics.py",),
     "datasets": ("data/documents.py", "data/sources.py", "evaluation/downstream.py"),
     "datatrove": ("data/",),
+    "fsspec": ("data/remote.py",),
     "huggingface_hub": ("publish.py", "interop/"),  # interop: the error class of transformers' strict configs
     "yaml": ("config.py", "config_text.py"),
     "typer": ("cli.py",),

@@ -48,7 +48,14 @@ class LoadedSplit:
     """One prepared split under a packing plan and an objective."""
 
     def __init__(
-        self, directory: Path, split: str, layout: Layout, sequence_length: int, max_documents_per_row: int
+        self,
+        directory: Path,
+        split: str,
+        layout: Layout,
+        sequence_length: int,
+        max_documents_per_row: int,
+        *,
+        keep_plan: bool = True,
     ) -> None:
         manifest = read_manifest(directory, "data")
         if split not in manifest.facts["splits"]:
@@ -63,7 +70,7 @@ class LoadedSplit:
         spec = PackingSpec(
             sequence_length, layout, int(opening is not None), int(closing is not None), max_documents_per_row
         )
-        self.plan: PackingPlan = load_or_plan(directory / split, spec, self.store)
+        self.plan: PackingPlan = load_or_plan(directory / split, spec, self.store, keep=keep_plan)
         self.name = f"{directory}/{split}"
         self.source = split.partition("-")[2]
         self.model_kind: Layout | None = None  # where the configuration says what the model is

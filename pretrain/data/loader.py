@@ -51,7 +51,7 @@ class DataPlane:
         self.rows = tuple(split.plan.num_rows for split in splits)
         if sum(self.rows) == 0:
             raise ArtifactError(f"`{splits[0].name}` holds no tokens; check the text and prepare it again")
-        self._splits = tuple(splits)
+        self.splits = tuple(splits)
         self._kind, self._objective_config = objective.kind, objective
         self._objective = make_objective(objective)
         self._seeds = np.array([source_seed(seed, name) for name in self.sources], dtype=np.int64)
@@ -74,6 +74,7 @@ class DataPlane:
         max_documents_per_row: int = 64,
         tokenizer_directory: Path | None = None,
         weights: Weights | None = None,
+        keep_plan: bool = True,
     ) -> DataPlane:
         """The data plane of `directory`/`split`, packed anew when these parameters were not planned for yet.
 
@@ -88,6 +89,7 @@ class DataPlane:
             max_documents_per_row: at most this many pieces a row.
             tokenizer_directory: when given, must be the tokenizer that the data was prepared with.
             weights: of the sources, where rows are not to be drawn alike.
+            keep_plan: write a new packing plan beside the shards; False writes nothing.
 
         Raises:
             ArtifactError: when the split is missing, cut off, or of another tokenizer.
@@ -99,13 +101,16 @@ class DataPlane:
         names = [name for name in manifest.facts["splits"] if name.startswith(f"{split}-")] if split == TRAIN else []
         names = [split, *names] if split in manifest.facts["splits"] or not names else names
         chosen = layout or layout_of(objective)
-        loaded = [LoadedSplit(directory, name, chosen, sequence_length, max_documents_per_row) for name in names]
+        loaded = [
+            LoadedSplit(directory, name, chosen, sequence_length, max_documents_per_row, keep_plan=keep_plan)
+            for name in names
+        ]
         for part in loaded:
             part.model_kind = layout
         return cls(loaded, objective, seed=seed, rows_per_batch=rows_per_batch, weights=weights)
 
     @classmethod
-    def from_config(cls, config: RunConfig, split: str = TRAIN) -> DataPlane:
+    def from_config(cls, config: RunConfig, split: str = TRAIN, *, keep_plan: bool = True) -> DataPlane:
         """The data plane of a run's prepared split."""
         return cls.from_directory(
             config.directory / "data",
@@ -118,6 +123,7 @@ class DataPlane:
             max_documents_per_row=config.data.max_documents_per_row,
             tokenizer_directory=config.directory / "tokenizer",
             weights=Weights.of(config.data) if split == TRAIN else None,
+            keep_plan=keep_plan,
         )
 
     def for_run(self, total_steps: int) -> list[str]:
@@ -183,8 +189,8 @@ class DataPlane:
     @property
     def utilisation(self) -> float:
         """Share of the positions of an epoch that is not padding."""
-        positions = sum(split.plan.num_positions for split in self._splits)
-        return positions / (self.num_rows * self._splits[0].plan.spec.sequence_length)
+        positions = sum(split.plan.num_positions for split in self.splits)
+        return positions / (self.num_rows * self.splits[0].plan.spec.sequence_length)
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The global batch of `step` (from 0), or the given rows of it. Safe to call from several threads."""
@@ -192,7 +198,7 @@ class DataPlane:
         samples = np.arange(first, first + self.rows_per_batch, dtype=np.int64)[rows or slice(None)]
         sources, epochs, plan_rows = self.locate(samples)
         return make_batch(
-            self._splits,
+            self.splits,
             self._objective,
             self._kind,
             sources=sources,
@@ -216,11 +222,11 @@ class DataPlane:
 
     def _made_of(self) -> dict[str, Any]:
         """All that decides the batches but the seed, by name, so that a difference can be told."""
-        first = self._splits[0]
+        first = self.splits[0]
         opening, closing = special_pair(first.plan.spec.layout, first.tokens)
         shards = {
             split.source: sha256_json([[shard.digest, shard.index_digest] for shard in split.shards])
-            for split in self._splits
+            for split in self.splits
         }
         return {
             "shards": shards,

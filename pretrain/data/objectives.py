@@ -77,7 +77,7 @@ class MaskedLanguageModelling:
         """Hide tokens of `rows`."""
         mask = tokens.need("mask", "objective.kind: mlm")
         ids = rows.input_ids.reshape(-1)  # (B * L,)
-        places = np.flatnonzero(below(draws.bits("mlm: is target"), self.rate).reshape(-1))
+        places = np.flatnonzero(draws.below("mlm: is target", self.rate).reshape(-1))
         places = places[~tokens.is_special[ids[places]] & (rows.document_ids.reshape(-1)[places] > 0)]
         labels = np.full(ids.shape, IGNORE, dtype=np.int64)
         labels[places] = ids[places]

@@ -122,6 +122,10 @@ class TokenStore:
         """Ids in all shards, special tokens not counted (there are none)."""
         return int(self.starts[-1])
 
+    def shard(self, number: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The mapped ids (T,) of a shard, and where its documents end in them (D,)."""
+        return self._tokens[number], self._ends[number]
+
     def document_lengths(self) -> IntArray:
         """Tokens of each document, over all shards in order: (documents,)."""
         lengths = [np.diff(ends.astype(np.int64), prepend=0) for ends in self._ends]
