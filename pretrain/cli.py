@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pretrain import __version__
 from pretrain.config import RunConfig, json_schema, load_config
-from pretrain.data.submitted import SubmittedError
+from pretrain.data.preparing.submitted import SubmittedError
 from pretrain.files import lock_directory, write_bytes
 
 app = typer.Typer(

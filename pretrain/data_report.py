@@ -1,7 +1,7 @@
 """The verb `data`: what the prepared data are, in numbers and samples.
 
 What lives here: gathering the report as plain data, and how it looks on a terminal. What must not: counting
-(`pretrain.data.statistics`), or any change of the data. Nothing is written but the HTML page that is asked for.
+(`pretrain.data.looking.statistics`), or any change of the data. Nothing is written but the HTML page that is asked for.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from rich.text import Text
 from pretrain.config import RunConfig
 from pretrain.data.batches import LoadedSplit, layout_of
 from pretrain.data.loader import DataPlane
-from pretrain.data.parts import is_training
-from pretrain.data.spelling import Spelling, visible
-from pretrain.data.statistics import (
+from pretrain.data.looking.spelling import Spelling, visible
+from pretrain.data.looking.statistics import (
     MOST_DOCUMENTS,
     SplitCounts,
     Told,
@@ -35,6 +34,7 @@ from pretrain.data.statistics import (
     find_repeated,
     first_of,
 )
+from pretrain.data.preparing.parts import is_training
 from pretrain.data.vocabulary import SpecialIds
 from pretrain.files import Manifest, read_manifest, write_bytes
 from pretrain.pages.data import Block, blocks_of, data_page

@@ -22,8 +22,8 @@ from rich.table import Table
 from pretrain.config import RunConfig
 from pretrain.config_data import DocumentStart
 from pretrain.data.batches import Batch
-from pretrain.data.documents import SourceFile, read_documents, resolve_sources
 from pretrain.data.loader import DataPlane
+from pretrain.data.reading.documents import SourceFile, read_documents, resolve_sources
 from pretrain.data.validation import ValidationPass
 from pretrain.evaluation.likelihood import evaluate_batches, perplexity, score_causal, score_masked
 from pretrain.evaluation.loading import LoadedModel, describe_model, describe_tokenizer, load_model

@@ -20,10 +20,10 @@ from rich.text import Text
 
 from pretrain.config import RunConfig, config_to_dict, difference
 from pretrain.data.batches import Batch, LoadedSplit, layout_of
-from pretrain.data.inspection import Inspector, Kind, Row, Token, Totals
 from pretrain.data.loader import DataPlane
+from pretrain.data.looking.inspection import Inspector, Kind, Row, Token, Totals
+from pretrain.data.looking.spelling import NEWLINE, Spelling
 from pretrain.data.shards import TRAIN
-from pretrain.data.spelling import NEWLINE, Spelling
 from pretrain.data.validation import ValidationData
 from pretrain.files import read_manifest, write_bytes
 from pretrain.pages.batch import LEGEND, batch_page, describe_piece, describe_row

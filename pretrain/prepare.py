@@ -36,21 +36,21 @@ from rich.progress import (
 from pretrain.config import RunConfig
 from pretrain.config_data import Executor
 from pretrain.data.batches import LoadedSplit, layout_of
-from pretrain.data.decontamination import evaluation_files
-from pretrain.data.executors import check_executor, run_parts
-from pretrain.data.kept_out import describe
-from pretrain.data.parts import Plan, input_files, make_plan
-from pretrain.data.passes import Pass, finished_parts, make_ready, passes_of
-from pretrain.data.problems import describe_problems
-from pretrain.data.shared import is_unchanged, take_data
-from pretrain.data.sieve import DECONTAMINATE, check_steps, inputs_of, with_steps
-from pretrain.data.sources import SourceFile, fetch_files, first_files, state_of
-from pretrain.data.token_files import refuse_text_steps
-from pretrain.data.unfinished import (
+from pretrain.data.keeping.decontamination import evaluation_files
+from pretrain.data.keeping.kept_out import describe
+from pretrain.data.keeping.sieve import DECONTAMINATE, check_steps, inputs_of, with_steps
+from pretrain.data.preparing.executors import check_executor, run_parts
+from pretrain.data.preparing.parts import Plan, input_files, make_plan
+from pretrain.data.preparing.passes import Pass, finished_parts, make_ready, passes_of
+from pretrain.data.preparing.shared import is_unchanged, take_data
+from pretrain.data.preparing.unfinished import (
     finish,
     start_or_go_on,
     start_progress,
 )
+from pretrain.data.reading.problems import describe_problems
+from pretrain.data.reading.sources import SourceFile, fetch_files, first_files, state_of
+from pretrain.data.reading.token_files import refuse_text_steps
 from pretrain.data.vocabulary import read_vocabulary
 from pretrain.files import (
     ArtifactError,

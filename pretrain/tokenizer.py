@@ -23,11 +23,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from pretrain.config import RunConfig, TokenizerConfig
 from pretrain.config_data import DocumentStart, Source, ValidationSplit
 from pretrain.config_types import redacted
-from pretrain.data.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
-from pretrain.data.remote import below, is_url
-from pretrain.data.shards import TRAIN
-from pretrain.data.shared import take_artifact
-from pretrain.data.sources import (
+from pretrain.data.preparing.shared import take_artifact
+from pretrain.data.preparing.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text
+from pretrain.data.reading.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
+from pretrain.data.reading.remote import below, is_url
+from pretrain.data.reading.sources import (
     TOKEN_FORMATS,
     SourceFile,
     digest_of_files,
@@ -36,7 +36,7 @@ from pretrain.data.sources import (
     hash_files,
     state_of,
 )
-from pretrain.data.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text
+from pretrain.data.shards import TRAIN
 from pretrain.data.vocabulary import read_vocabulary
 from pretrain.files import (
     ArtifactError,

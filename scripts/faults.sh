@@ -8,6 +8,6 @@ setup dev
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export FAULTS_COMMAND="bash scripts/faults.sh${*:+ $*}"
 if [ $# -eq 0 ]; then
-    set -- docs/faults.md
+    set -- docs/faults.md --jobs 2
 fi
 python scripts/faults "$@"

@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pretrain.config_data import DocumentStart  # noqa: E402
-from pretrain.data.documents import ReadReport, SourceFile, byte_ranges, read_documents, units  # noqa: E402
-from pretrain.data.encodings import encoding_of, is_wide  # noqa: E402
-from pretrain.data.sources import resolve_sources  # noqa: E402
+from pretrain.data.reading.documents import ReadReport, SourceFile, byte_ranges, read_documents, units  # noqa: E402
+from pretrain.data.reading.encodings import encoding_of, is_wide  # noqa: E402
+from pretrain.data.reading.sources import resolve_sources  # noqa: E402
 
 MODES: tuple[str | DocumentStart, ...] = ("line", "paragraph", "file", DocumentStart(start="^= "))
 ENCODINGS = ("auto", "utf-8", "utf-16", "utf-32", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252")

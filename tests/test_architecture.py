@@ -53,9 +53,9 @@ DOORS = {
     "accelerate": ("runtime.py", "training/"),
     "wandb": ("training/metrics.py",),
     "trackio": ("training/metrics.py",),
-    "datasets": ("data/documents.py", "data/sources.py", "evaluation/downstream.py"),
-    "datatrove": ("data/",),
-    "fsspec": ("data/remote.py",),
+    "datasets": ("data/reading/documents.py", "data/reading/sources.py", "evaluation/downstream.py"),
+    "datatrove": ("data/preparing/", "data/keeping/"),
+    "fsspec": ("data/reading/remote.py",),
     "huggingface_hub": ("publish.py", "interop/"),  # interop: the error class of transformers' strict configs
     "yaml": ("config.py", "config_text.py"),
     "typer": ("cli.py",),

@@ -15,18 +15,17 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))
 sys.path.insert(0, str(Path(__file__).parent))
 from data_builders import run_config, write_tokenizer
 from test_inspect import check_page
 
 from pretrain.cli import app
 from pretrain.config import dump_config
-from pretrain.data import statistics
 from pretrain.data.loader import DataPlane
+from pretrain.data.looking import statistics
+from pretrain.data.looking.statistics import QUANTILES, Lengths, count_shared, count_split, find_repeated, first_of
+from pretrain.data.preparing.splits import is_held_out
 from pretrain.data.shards import ShardFacts, ShardWriter, TokenStore
-from pretrain.data.splits import is_held_out
-from pretrain.data.statistics import QUANTILES, Lengths, count_shared, count_split, find_repeated, first_of
 from pretrain.data_report import report_data, show, write_page
 from pretrain.prepare import prepare_data
 

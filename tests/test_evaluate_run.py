@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_builders import run_config, write_tokenizer
 from rich.console import Console
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-from data_builders import run_config, write_tokenizer
 
 from pretrain.config import RunConfig
 from pretrain.evaluate import evaluate_run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from io import StringIO
@@ -13,19 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_builders import run_config, write_tokenizer
 from rich.console import Console
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-from data_builders import run_config, write_tokenizer
-
 from pretrain.cli import app
 from pretrain.config import config_from_dict, config_to_dict, dump_config
 from pretrain.data.loader import DataPlane
+from pretrain.data.looking.spelling import GOES_ON, Spelling, visible
 from pretrain.data.objectives import IGNORE
-from pretrain.data.spelling import GOES_ON, Spelling, visible
-from pretrain.data.splits import is_held_out
+from pretrain.data.preparing.splits import is_held_out
 from pretrain.data.vocabulary import read_vocabulary
 from pretrain.inspect import Inspected, inspect_step, parse_rows, show, write_page
 from pretrain.prepare import prepare_data

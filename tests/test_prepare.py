@@ -6,20 +6,17 @@ import gzip
 import io
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_builders import documents, run_config, write_tokenizer
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-from data_builders import documents, run_config, write_tokenizer
-
 from pretrain import prepare
-from pretrain.data import pipeline
 from pretrain.data.loader import DataPlane
-from pretrain.data.parts import input_files
+from pretrain.data.preparing import pipeline
+from pretrain.data.preparing.parts import input_files
 from pretrain.files import ArtifactError, read_manifest, sha256_file, verify_manifest
 from pretrain.prepare import is_prepared, prepare_data
 
@@ -260,7 +257,7 @@ def test_a_trial_does_not_ask_for_the_size_of_compressed_text(corpus, monkeypatc
     (corpus / "c.jsonl.gz").write_bytes(gzip.compress((corpus / "a.jsonl").read_bytes()))
     config = run_config(corpus, train=[str(corpus / "c.jsonl.gz")], validation={"tail": 0.1}, workers=1)
     write_tokenizer(config.directory / "tokenizer", "gpt2")
-    monkeypatch.setattr("pretrain.data.parts.units", lambda file: pytest.fail("a pass over the whole text"))
+    monkeypatch.setattr("pretrain.data.preparing.parts.units", lambda file: pytest.fail("a pass over the whole text"))
     splits = read_manifest(prepare_data(config, max_bytes=5000), "data").facts["splits"]
     assert 4000 < splits["train"]["bytes"] + splits["validation"]["bytes"] < 6000
 

@@ -13,13 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "data"))
 from data_builders import documents, run_config, write_tokenizer
 
 from pretrain import prepare
-from pretrain.data import executors
-from pretrain.data.submitted import SubmittedError
+from pretrain.data.preparing import executors
+from pretrain.data.preparing.submitted import SubmittedError
 from pretrain.files import read_manifest
 from pretrain.prepare import check_data, prepare_data
 
@@ -96,7 +94,7 @@ def test_no_process_outlives_a_killed_parent(corpus):
     config_of(corpus)
     script = textwrap.dedent("""
         import sys
-        sys.path.insert(0, sys.argv[1])
+        sys.path[:0] = sys.argv[1:]
         from test_prepare_executors import SLOW, config_of, prepare
         from pathlib import Path
         made = prepare.make_plan
@@ -104,8 +102,10 @@ def test_no_process_outlives_a_killed_parent(corpus):
             data.model_copy(update={"part_bytes": 4000}), splits, **keys)
         prepare.prepare_data(config_of(Path.cwd(), workers=2, **SLOW))
     """)
-    here = str(Path(__file__).parent)
-    parent = subprocess.Popen([sys.executable, "-c", script, here], cwd=corpus, start_new_session=True)
+    here = Path(__file__).parent
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(here), str(here / "data")], cwd=corpus, start_new_session=True
+    )
     workers = waiting_workers(corpus, 2)
     parents = {int(Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[1]) for one in workers}
     parent.kill()

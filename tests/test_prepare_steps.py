@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_builders import documents, run_config, write_tokenizer
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-from data_builders import documents, run_config, write_tokenizer
-
 from pretrain import prepare
-from pretrain.data import dropping, pipeline
-from pretrain.data.splits import is_held_out
+from pretrain.data.keeping import dropping
+from pretrain.data.preparing import pipeline
+from pretrain.data.preparing.splits import is_held_out
 from pretrain.files import read_manifest, verify_manifest
 from pretrain.prepare import check_data, is_prepared, prepare_data
 
@@ -220,7 +219,7 @@ def test_workers_and_stops_do_not_change_a_byte(tmp_path, corpus, small_parts, m
 
         monkeypatch.setattr(module, "replace_file", replace_file)
 
-    for module in (pipeline, dropping, sys.modules["pretrain.data.unfinished"]):
+    for module in (pipeline, dropping, sys.modules["pretrain.data.preparing.unfinished"]):
         stops_after(module)
     stops = 0
     for tries in range(200):

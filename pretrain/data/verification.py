@@ -24,9 +24,8 @@ from pretrain.config import RunConfig
 from pretrain.config_data import DataConfig, Source
 from pretrain.data.batches import check_tokenizer
 from pretrain.data.packing import PackingSpec, plan_directory
-from pretrain.data.remote import is_url
-from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, token_dtype
-from pretrain.data.sources import (
+from pretrain.data.reading.remote import is_url
+from pretrain.data.reading.sources import (
     HUB_PREFIX,
     STDLIB,
     SourceFile,
@@ -37,6 +36,7 @@ from pretrain.data.sources import (
     stdlib_corpus,
     with_index,
 )
+from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, token_dtype
 from pretrain.files import ArtifactError, Manifest, read_manifest
 
 _BLOCK = 1 << 20

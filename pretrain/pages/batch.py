@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from pretrain.data.inspection import Kind, Piece, Row, Token
-from pretrain.data.spelling import NEWLINE
+from pretrain.data.looking.inspection import Kind, Piece, Row, Token
+from pretrain.data.looking.spelling import NEWLINE
 from pretrain.pages.page import escape, page, paragraph
 
 LEGEND: dict[Kind, str] = {

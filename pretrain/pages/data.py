@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.data.parts import is_training
+from pretrain.data.preparing.parts import is_training
 from pretrain.pages.page import bars, escape, page, paragraph, table
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape as _escape
 
-from pretrain.data.spelling import visible
+from pretrain.data.looking.spelling import visible
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c1e21; --soft: #6a7078; --line: #d9dce0; --card: #f6f7f8;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", nargs="?", type=Path, help="the markdown file to write; standard output when left out")
     parser.add_argument("--only", default="", help="rows to run, separated by commas, such as 1,2,33")
     parser.add_argument("--topics", default=",".join(TOPICS), help="topics to collect, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time, each in a process of its own")
     parser.add_argument("--list", action="store_true", help="name the faults and run none")
     parsed = parser.parse_args(arguments)
     faults = collect(parsed.topics.split(","))
@@ -113,11 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"{fault.row:>4}  {fault.fault}\n")
         return 0
     lines = []
-    for fault in faults:
-        line = inject(fault)
-        lines.append(line)
-        told = f"{line.outcome.survived}/{line.outcome.tries} in {line.seconds:.0f} s; {line.outcome.note}"
-        sys.stderr.write(f"row {fault.row}, {fault.fault}: {told}\n")
+    # A fresh process for each worker: faults fork, set the environment and catch signals.
+    with ProcessPoolExecutor(parsed.jobs, multiprocessing.get_context("spawn")) as pool:
+        for fault, line in zip(faults, pool.map(inject, faults), strict=True):
+            lines.append(line)
+            told = f"{line.outcome.survived}/{line.outcome.tries} in {line.seconds:.0f} s; {line.outcome.note}"
+            sys.stderr.write(f"row {fault.row}, {fault.fault}: {told}\n")
     given = list(sys.argv[1:] if arguments is None else arguments)
     text = page(lines, os.environ.get("FAULTS_COMMAND") or shlex.join(["python", "scripts/faults", *given]))
     if parsed.out is None:

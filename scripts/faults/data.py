@@ -199,7 +199,7 @@ def _prepare_with(run: tiny.Run, folder: Path, texts: dict[str, bytes], **data: 
 
 _MEASURE = """
 import resource, sys
-from pretrain.data.documents import ReadReport, read_documents, resolve_sources
+from pretrain.data.reading.documents import ReadReport, read_documents, resolve_sources
 file, = resolve_sources([sys.argv[1]])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 size = sum(len(document.text) for document in read_documents(file, report=ReadReport()))

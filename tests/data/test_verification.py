@@ -6,14 +6,11 @@ import json
 import random
 import re
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from data_builders import run_config, write_tokenizer
 
 from pretrain.data.loader import DataPlane

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from array import array
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from data_builders import run_config
+from transformers import AutoTokenizer
 
 from pretrain.config import RunConfig, TokenizerConfig, config_from_dict, config_to_dict
 from pretrain.config_text import ConfigError
-from pretrain.data import remote
 from pretrain.data.batches import LoadedSplit
+from pretrain.data.reading import remote
 from pretrain.data.vocabulary import ReadyIds, read_vocabulary
 from pretrain.export import export_model
 from pretrain.files import read_manifest

@@ -1,0 +1,1 @@
+"""Which documents are kept: filters, decontamination, deduplication, and the account of what went."""
