@@ -15,29 +15,16 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
-from outcome import Fault, Outcome  # noqa: E402
+from outcome import Fault, Line, inject  # noqa: E402
 
 TOPICS = ("saving", "resume", "data", "training")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A fault, what came of it, and how long it took."""
-
-    fault: Fault
-    outcome: Outcome
-    seconds: float
 
 
 def collect(topics: Sequence[str] = TOPICS) -> list[Fault]:
@@ -47,18 +34,6 @@ def collect(topics: Sequence[str] = TOPICS) -> list[Fault]:
         if importlib.util.find_spec(topic) is not None:
             faults += importlib.import_module(topic).FAULTS
     return sorted(faults, key=lambda fault: _order(fault.row))
-
-
-def inject(fault: Fault) -> Line:
-    """Run one fault in an empty folder, which is removed after."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="fault-", ignore_cleanup_errors=True) as folder:
-        try:
-            outcome = fault.inject(Path(folder))
-        except Exception as error:  # the table must name it, and the other rows must still run
-            traceback.print_exc()
-            outcome = Outcome(1, 0, "unknown", f"the injection failed: {type(error).__name__}: {error}")
-    return Line(fault, outcome, time.perf_counter() - started)
 
 
 def page(lines: Sequence[Line], command: str) -> str:

@@ -1,7 +1,10 @@
-"""What an injected fault gave: the one form in which every fault reports."""
+"""A fault, what injecting it gave, and the injection: the one form in which every fault reports."""
 
 from __future__ import annotations
 
+import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,3 +32,24 @@ class Fault:
     fault: str
     promise: str
     inject: Callable[[Path], Outcome]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A fault, what came of it, and how long it took."""
+
+    fault: Fault
+    outcome: Outcome
+    seconds: float
+
+
+def inject(fault: Fault) -> Line:
+    """Run one fault in an empty folder, which is removed after."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="fault-", ignore_cleanup_errors=True) as folder:
+        try:
+            outcome = fault.inject(Path(folder))
+        except Exception as error:  # the table must name it, and the other rows must still run
+            traceback.print_exc()
+            outcome = Outcome(1, 0, "unknown", f"the injection failed: {type(error).__name__}: {error}")
+    return Line(fault, outcome, time.perf_counter() - started)
