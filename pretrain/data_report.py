@@ -51,7 +51,7 @@ _SAMPLES_A_STEP = 3
 def report_data(config: RunConfig, *, console: Console | None = None) -> Report:
     """Everything that is known of a run's prepared data, as plain data.
 
-    Reads all ids once, in blocks: memory is bounded by about 8 bytes a document (at most `MOST_DOCUMENTS` of them; past
+    Reads all ids once, in blocks: memory is bounded by about 16 bytes a document (at most `MOST_DOCUMENTS` of them; past
     that repetition is estimated), the documents' ends, and the packing plan.
 
     Args:

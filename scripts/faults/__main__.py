@@ -22,18 +22,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
-from outcome import Fault, Line, inject  # noqa: E402
+from outcome import Fault, Line, inject_number  # noqa: E402
 
 TOPICS = ("saving", "resume", "data", "training")
 
 
-def collect(topics: Sequence[str] = TOPICS) -> list[Fault]:
-    """The faults of every topic that is there, in order of rows."""
-    faults: list[Fault] = []
+def collect(topics: Sequence[str] = TOPICS) -> list[tuple[Fault, str, int]]:
+    """The faults of every topic that is there, each with its place there, in order of rows."""
+    faults: list[tuple[Fault, str, int]] = []
     for topic in topics:
         if importlib.util.find_spec(topic) is not None:
-            faults += importlib.import_module(topic).FAULTS
-    return sorted(faults, key=lambda fault: _order(fault.row))
+            found = importlib.import_module(topic).FAULTS
+            faults += [(fault, topic, number) for number, fault in enumerate(found)]
+    return sorted(faults, key=lambda entry: _order(entry[0].row))
 
 
 def page(lines: Sequence[Line], command: str) -> str:
@@ -83,17 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = collect(parsed.topics.split(","))
     wanted = set(filter(None, parsed.only.split(",")))
     if wanted:
-        faults = [fault for fault in faults if fault.row in wanted]
-        if missing := sorted(wanted - {fault.row for fault in faults}):
+        faults = [entry for entry in faults if entry[0].row in wanted]
+        if missing := sorted(wanted - {fault.row for fault, _, _ in faults}):
             parser.error(f"no fault in row {', '.join(missing)}")
     if parsed.list:
-        for fault in faults:
+        for fault, _, _ in faults:
             sys.stdout.write(f"{fault.row:>4}  {fault.fault}\n")
         return 0
     lines = []
     # A fresh process for each worker: faults fork, set the environment and catch signals.
     with ProcessPoolExecutor(parsed.jobs, multiprocessing.get_context("spawn")) as pool:
-        for fault, line in zip(faults, pool.map(inject, faults), strict=True):
+        made = pool.map(inject_number, *([entry[place] for entry in faults] for place in (1, 2)))
+        for (fault, _, _), (outcome, seconds) in zip(faults, made, strict=True):
+            line = Line(fault, outcome, seconds)
             lines.append(line)
             told = f"{line.outcome.survived}/{line.outcome.tries} in {line.seconds:.0f} s; {line.outcome.note}"
             sys.stderr.write(f"row {fault.row}, {fault.fault}: {told}\n")
