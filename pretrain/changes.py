@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ def _rules() -> dict[str, Rule]:
         ("out", "", None, "safe", "it says where the run lies"),
         ("tokenizer", "", "tokenizer", "refused", "the data were prepared with this tokenizer"),
         ("data", "train document text_field ids_field encoding", "tokenizer", "refused", "the shards hold this text"),
+        ("data", "train.weight train.max_epochs", "train", "refused", "it decides which rows each step sees"),
         ("data", "from", "data", "refused", "the rows are packed from these shards"),
         ("data", "filters dedup decontaminate", "data", "refused", "it chose the text"),
         ("data", "on_error max_bad_share", None, "safe", "it decides whether text is taken, not what comes of it"),
@@ -129,7 +131,7 @@ _BUDGET_KEYS = frozenset(f"train.{budget}" for budget in BUDGETS)
 
 def rule_of(key: str) -> Rule:
     """The rule of a dotted key; a key without one touches everything."""
-    parts = key.split(".")
+    parts = re.sub(r"\[[^\]]*\]", "", key).split(".")  # a source's name, as in data.train[web].weight, may hold dots
     prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((RULES[prefix] for prefix in prefixes if prefix in RULES), _UNKNOWN)
 
@@ -137,7 +139,26 @@ def rule_of(key: str) -> Rule:
 def changed_keys(old: Mapping[str, Any], config: RunConfig) -> list[Change]:
     """What differs between the plain data of a saved configuration and the one that is wanted now."""
     new: dict[str, Any] = json.loads(json.dumps(config_to_dict(config)))
-    return [Change(key, before, after) for key, (before, after) in difference(old, new).items()]
+    changes = difference(old, new)
+    if "data.train" in changes:
+        changes |= _changed_sources(*changes.pop("data.train"))
+    return [Change(key, before, after) for key, (before, after) in changes.items()]
+
+
+def _changed_sources(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """What differs between two lists of named sources, as `difference` says it; of other lists, all of them.
+
+    Text is numbered in the order of the sources, so sources in another order differ as a whole.
+    """
+    named: list[dict[str, Any]] = []
+    for entries in (old, new):
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and "name" in entry for entry in entries):
+            return {"data.train": (old, new)}
+        named.append({f"data.train[{entry['name']}]": entry for entry in entries})
+    before, after = named
+    if [name for name in before if name in after] != [name for name in after if name in before]:
+        return {"data.train": (old, new)}
+    return difference(before, after)
 
 
 def check_allowed(keys: Iterable[str]) -> None:

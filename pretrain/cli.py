@@ -322,18 +322,22 @@ def main() -> None:
     With PRETRAIN_DEBUG=1 in the environment the traceback is shown instead.
     """
     owner = os.getpid()
+    stopped: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:  # a worker that was forked says nothing
             _console().print(f"{signal.Signals(number).name}; run the same command again to go on")
+        stopped.append(number)
         raise SystemExit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     try:
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("PRETRAIN_DEBUG"):
+    except (ValueError, OSError, ImportError) as error:
+        if stopped:  # the signal came within an import, and a library made an error of its own of it
+            sys.exit(128 + stopped[0])
+        if isinstance(error, ImportError) or os.environ.get("PRETRAIN_DEBUG"):
             raise
         console = _console()
         console.print("error:", style="bold red", end=" ")

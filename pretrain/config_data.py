@@ -135,7 +135,7 @@ class ValidationSplit(Section):
         return self
 
 
-SHARDS_KEYS = frozenset({"from_", "sequence_length", "max_documents_per_row", "workers", "verify"})
+SHARDS_KEYS = frozenset({"from_", "phases", "sequence_length", "max_documents_per_row", "workers", "verify"})
 """Keys of `data` that mean something beside `from`."""
 
 
@@ -209,7 +209,7 @@ class DataConfig(Section):
         if weighted:
             integer_weights(weighted)
         for number, phase in enumerate(self.phases, start=1):
-            if unknown := sorted(set(phase.weights) - set(names)):
+            if self.from_ is None and (unknown := sorted(set(phase.weights) - set(names))):
                 raise ValueError(f"phases: `{unknown[0]}` is no source of train; they are {', '.join(names)}")
             if (phase.until is None) != (number == len(self.phases)):
                 raise ValueError("phases: every phase but the last needs `until`, and the last has none")
@@ -228,6 +228,17 @@ class DataConfig(Section):
         return {
             entry.name: entry.weight for entry in self.train if isinstance(entry, Source) and entry.weight is not None
         }
+
+    @property
+    def text_sources(self) -> list[str | dict[str, Any]]:
+        """`train` as plain data that decides the text: without weight and `max_epochs`, which only share out rows."""
+        plain: list[str | dict[str, Any]] = self.model_dump(mode="json", include={"train"})["train"]
+        return [
+            entry
+            if isinstance(entry, str)
+            else {key: value for key, value in entry.items() if key not in ("weight", "max_epochs")}
+            for entry in plain
+        ]
 
     @property
     def deduplication(self) -> Deduplication | None:

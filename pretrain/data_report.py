@@ -36,7 +36,7 @@ from pretrain.data.looking.statistics import (
 )
 from pretrain.data.preparing.parts import is_training
 from pretrain.data.vocabulary import SpecialIds
-from pretrain.files import Manifest, read_manifest, write_bytes
+from pretrain.files import Manifest, make_directories, read_manifest, write_bytes
 from pretrain.pages.data import Block, blocks_of, data_page
 from pretrain.training.records import length_of_run, newest_state
 
@@ -51,8 +51,8 @@ _SAMPLES_A_STEP = 3
 def report_data(config: RunConfig, *, console: Console | None = None) -> Report:
     """Everything that is known of a run's prepared data, as plain data.
 
-    Reads all ids once, in blocks: memory is bounded by about 16 bytes a document (at most `MOST_DOCUMENTS` of them; past
-    that repetition is estimated), the documents' ends, and the packing plan.
+    Reads all ids once, in blocks: memory is bounded by about 16 bytes a document (at most `MOST_DOCUMENTS` of them;
+    past that repetition is estimated), the documents' ends, and the packing plan.
 
     Args:
         config: the run configuration; its data and tokenizer must be there.
@@ -312,6 +312,7 @@ def _warnings(report: Report) -> list[str]:
 
 def write_page(report: Report, path: Path) -> None:
     """Write the report as one HTML file."""
+    make_directories(path.parent)
     write_bytes(path, data_page(report).encode())
 
 

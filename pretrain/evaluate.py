@@ -33,6 +33,7 @@ from pretrain.files import replace_file
 from pretrain.model_dir import DTYPES, read_loom
 from pretrain.models import pick_backend
 from pretrain.runtime import describe_machine, resolve_precision
+from pretrain.training.checkpoint import verify_model
 
 _DEFAULT_CONTEXT = 1_024
 
@@ -87,6 +88,7 @@ def evaluate_model(
     """
     started = time.monotonic()
     sources = resolve_sources(list(files), key="TEXT")
+    verify_model(Path(model))
     loaded = load_model(model, tokenizer=tokenizer, kind=kind, device=device, trust_remote_code=trust_remote_code)
     window = _window(loaded, context)
     if stride is not None and loaded.kind == "mlm":
@@ -136,9 +138,10 @@ def evaluate_run(
         `accuracy`.
 
     Raises:
-        ArtifactError: when the data is not prepared, or `directory` holds no model.
+        ArtifactError: when the data is not prepared, or `directory` holds no model, or an altered one of a checkpoint.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    verify_model(directory)
     model: Any = read_loom(directory)
     model.set_attn_implementation(pick_backend(model.config, device)[0])
     model.to(device)

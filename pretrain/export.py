@@ -78,11 +78,13 @@ def export_model(
 
     Raises:
         ValueError: when the dtype is unknown.
-        ArtifactError: when `source` holds no model, `out` exists, or the logits differ; then nothing is published.
+        ArtifactError: when `source` holds no model, or an altered checkpoint's, `out` exists, or the logits differ;
+            then nothing is published.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype} is unknown; use one of {', '.join(DTYPES)}")
     directory = model_directory(Path(source))
+    checkpoint.verify_model(directory)
     model = read_loom(directory)
     as_written(model, DTYPES[dtype])
     with commit_directory(Path(out), replace=replace) as temporary:

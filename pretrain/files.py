@@ -245,6 +245,11 @@ def remove_leftovers(parent: Path) -> list[Path]:
     return leftovers
 
 
+def bytes_in(directory: Path) -> int:
+    """Bytes of all the files in a directory and in those below it."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -25,7 +25,7 @@ from pretrain.data.looking.inspection import Inspector, Kind, Row, Token, Totals
 from pretrain.data.looking.spelling import NEWLINE, Spelling
 from pretrain.data.shards import TRAIN
 from pretrain.data.validation import ValidationData
-from pretrain.files import read_manifest, write_bytes
+from pretrain.files import make_directories, read_manifest, write_bytes
 from pretrain.pages.batch import LEGEND, batch_page, describe_piece, describe_row
 from pretrain.training.records import findings_of_step, length_of_run, newest_state, numbers_of_step
 
@@ -329,5 +329,6 @@ def write_page(inspected: Inspected, path: Path, *, rows: str | None = None) -> 
         facts.append(f"{len(chosen):,} of these rows are shown; --rows A:B chooses others")
     made = (inspected.inspector.row(inspected.batch, number) for number in chosen)
     html = batch_page(inspected.title, facts, inspected.warnings, made, set(inspected.totals.kinds))
+    make_directories(path.parent)
     write_bytes(path, html.encode())
     return len(chosen)

@@ -194,9 +194,7 @@ def is_prepared(config: RunConfig, *, max_bytes: int | None = None, console: Con
 def _config_of(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
     """The keys that decide the shards, as JSON would give them back."""
     keys = config.data.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-    for source in keys["train"]:
-        if isinstance(source, dict):
-            del source["weight"], source["max_epochs"]
+    keys["train"] = config.data.text_sources
     for name, whole in (("dedup", config.data.deduplication), ("decontaminate", config.data.decontamination)):
         keys[name] = whole.model_dump(mode="json") if whole is not None else None  # its short form is the same
     plain: dict[str, Any] = json.loads(json.dumps({**keys, "max_bytes": max_bytes}))

@@ -22,6 +22,7 @@ from pretrain.export import export_model
 from pretrain.files import (
     MANIFEST,
     ArtifactError,
+    bytes_in,
     commit_directory,
     lock_directory,
     read_manifest,
@@ -36,6 +37,7 @@ from pretrain.train import build_trainer, check, inputs_of, train, trained_with
 from pretrain.training.progress import steps_of
 
 _FOLDERS = {"evaluate": "report", "export": "export"}
+_RESULT = {"checkpoint", "tokens", "seconds", "tokens_per_second"}  # what is read of a training's `result.json`
 _DRY_RUN_BYTES = 4_000_000
 
 
@@ -135,11 +137,20 @@ def is_made(config: RunConfig, stage: str) -> bool:
 
 def _final_checkpoint(directory: Path) -> Path | None:
     """The checkpoint of a run that trained to its end."""
-    result = directory / "train" / "result.json"
-    if not result.is_file():
+    result = _read_result(directory)
+    if result is None:
         return None
-    path = directory / "train" / "checkpoints" / json.loads(result.read_text(encoding="utf-8"))["checkpoint"]
+    path = directory / "train" / "checkpoints" / str(result["checkpoint"])
     return path if path.is_dir() else None
+
+
+def _read_result(directory: Path) -> dict[str, Any] | None:
+    """What training wrote at its end; None when it is not there, or damaged: training then says it once more."""
+    try:
+        result = json.loads((directory / "train" / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # JSON or UTF-8 that is none
+        return None
+    return result if isinstance(result, dict) and set(result) >= _RESULT else None
 
 
 def _make(config: RunConfig, stage: str, allow_changes: Collection[str], console: Console) -> int:
@@ -207,7 +218,8 @@ def summary_table(directories: list[Path]) -> Table:
 
 
 def _summary(directory: Path) -> dict[str, str]:
-    result = json.loads((directory / "train" / "result.json").read_text(encoding="utf-8"))
+    result = _read_result(directory)
+    assert result is not None
     scores = json.loads((directory / _FOLDERS["evaluate"] / "scores.json").read_text(encoding="utf-8"))
     facts = {
         "tokens trained": f"{result['tokens']:,}",
@@ -269,7 +281,7 @@ def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
             "parameters": f"{proof.parameters:,}",
             "micro batch": f"{trainer.micro_batch} rows of {config.data.sequence_length} tokens",
             "memory at most": f"{peak_memory_bytes(device) / 2**30:.2f} GiB",
-            "checkpoint": f"{_size(first.checkpoint) / 2**20:,.1f} MiB",
+            "checkpoint": f"{bytes_in(first.checkpoint) / 2**20:,.1f} MiB",
             "a step": f"{seconds:.2f} s, {config.train.batch_tokens / seconds:,.0f} tokens/s",
             "steps": "known once the data are prepared" if total is None else f"{total:,}",
             "ETA of training": "as above" if total is None else f"{total * seconds / 3600:.2f} h",
@@ -307,7 +319,3 @@ def _borrow_or_make(config: RunConfig, trial: RunConfig, console: Console) -> bo
     train_tokenizer(trial, max_bytes=_DRY_RUN_BYTES, console=console)
     prepare_data(trial, max_bytes=_DRY_RUN_BYTES, console=console)
     return False
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -20,12 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from pretrain.config import RunConfig, TokenizerConfig
-from pretrain.config_data import DocumentStart, Source, ValidationSplit
+from pretrain.config import RunConfig, TokenizerConfig, difference
+from pretrain.config_data import DocumentStart, ValidationSplit
 from pretrain.config_types import redacted
 from pretrain.data.preparing.shared import take_artifact
 from pretrain.data.preparing.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text
 from pretrain.data.reading.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
+from pretrain.data.reading.encodings import what_it_is
 from pretrain.data.reading.remote import below, is_url
 from pretrain.data.reading.sources import (
     TOKEN_FORMATS,
@@ -262,9 +263,8 @@ def _refuse_other(config: RunConfig, directory: Path, max_bytes: int | None) -> 
         made_with = read_manifest(directory, KIND).config
     except ArtifactError as error:
         raise ArtifactError(f"{error}; remove `{directory}`, or choose another name") from error
-    wanted = _deciding(config, max_bytes)
-    if changed := sorted(key for key in {*made_with, *wanted} if made_with.get(key) != wanted.get(key)):
-        details = "; ".join(f"{key}: {made_with.get(key)!r} -> {wanted.get(key)!r}" for key in changed)
+    if changed := difference(made_with, _deciding(config, max_bytes)):
+        details = "; ".join(f"{key}: {before!r} -> {after!r}" for key, (before, after) in sorted(changed.items()))
         raise ArtifactError(
             f"`{directory}` was made with another configuration ({details}); choose another name=, or remove it"
         )
@@ -284,7 +284,10 @@ def _deciding(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
         **plain,
         "architecture": _architecture(config),
         "model_max_length": _max_length(config),
-        "text": {key: data[key] for key in ("train", "document", "text_field")},
+        "text": {
+            "train": config.data.text_sources,
+            **{key: data[key] for key in ("document", "text_field", "ids_field", "encoding")},
+        },
         "validation": None if named_files else data["validation"],
         **({} if max_bytes is None else {"first_bytes": max_bytes}),
     }
@@ -402,10 +405,16 @@ def _read(
     max_bytes: int | None,
     progress: Progress,
 ) -> Iterator[Document]:
-    """The training documents of all files, or of the first `max_bytes` of their text."""
+    """The training documents of all files, or of the first `max_bytes` of their text.
+
+    Raises:
+        ValueError: at the end, when there was no text because lines or rows were bad; names the first.
+    """
     total = sum(file.bytes for file in files)
     task = progress.add_task("reading", total=(total if max_bytes is None else min(total, max_bytes)) or None)
     done = 0
+    found = False
+    reports: list[tuple[SourceFile, ReadReport]] = []  # of files with bad lines or rows
     for file in files:
         if max_bytes is not None and max_bytes <= 0:
             return
@@ -413,6 +422,7 @@ def _read(
         split = split_of(file)
         documents = read_documents(file, document=document, text_field=text_field, report=report, max_bytes=max_bytes)
         for read in documents:
+            found = True
             if max_bytes is not None:
                 max_bytes -= len(read.text.encode(errors="replace"))
             yield from [read] if split is None else (part for name, part in split(read) if name == TRAIN)
@@ -422,6 +432,21 @@ def _read(
         progress.update(task, completed=done)
         if report.bad:
             _log.warning("%s: %d bad lines or rows left out; the first: %s", file.name, report.bad, report.named[0])
+            reports.append((file, report))
+    if reports and not found:
+        raise ValueError(_all_bad(reports))
+
+
+def _all_bad(reports: Sequence[tuple[SourceFile, ReadReport]]) -> str:
+    """The message for files that gave no text: their first bad lines or rows, and what the first such file may be."""
+    bad = sum(report.bad for _, report in reports)
+    named = "".join(f"\n  {name}" for name in [name for _, report in reports for name in report.named][:5])
+    undecodable = (file for file, report in reports if report.by_kind.get("encoding", 0) * 2 > report.bad)
+    guess = next((found for file in undecodable if (found := what_it_is(file)) is not None), None)
+    return (
+        f"data.train: there is no text in the files given: {bad:,} lines or rows are bad, and none is good; the first:"
+        f"{named}\n{guess or 'Mend the text, or name other files'}"
+    )
 
 
 def _first_bytes(documents: Iterable[Document], most: int) -> Iterator[Document]:
@@ -449,9 +474,3 @@ def _peak_rss_bytes() -> int:
     """The most memory that this process has held so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
-
-
-def source_files(paths: Sequence[str]) -> list[SourceFile]:
-    """Files, globs, directories, hub:NAME or python-stdlib, for callers without a run configuration."""
-    entries: list[str | Source] = list(paths)
-    return resolve_sources(entries, key="--files")

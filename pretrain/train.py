@@ -29,6 +29,7 @@ from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, make_accelerator, 
 from pretrain.training import checkpoint
 from pretrain.training.optim import build_optimizer as _build_optimizer
 from pretrain.training.progress import Result
+from pretrain.training.saving import SAVED_MARK
 from pretrain.training.trainer import EvaluationContext, EvaluationStopped, Evaluator, Trainer
 
 
@@ -238,7 +239,7 @@ def train(
         old = trained_with(config)
         if old is not None:  # before a model of another shape is built; the trainer looks at what it really takes up
             changes_at_resume(old, config, allow_changes)
-        elif (directory / "config.yaml").is_file() and not any((directory / "checkpoints").glob("step-*")):
+        elif (directory / "config.yaml").is_file() and not (directory / SAVED_MARK).exists():
             console.print(
                 f"an earlier start in {directory} ended before it saved anything: starting at step 0", highlight=False
             )

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pretrain.changes import RULES, STAGES, Change, ChangedConfigError, changes_at_resume, check_allowed, rule_of
+from pretrain.changes import (
+    RULES,
+    STAGES,
+    Change,
+    ChangedConfigError,
+    changed_keys,
+    changes_at_resume,
+    check_allowed,
+    refuse_changed,
+    rule_of,
+)
 from pretrain.config import (
     BUDGETS,
     ConfigError,
@@ -22,6 +32,7 @@ from pretrain.config import (
     ScheduleConfig,
     config_from_dict,
     config_to_dict,
+    dump_config,
     known_keys,
     load_config,
 )
@@ -32,7 +43,13 @@ from pretrain.training.schedule import learning_rate_scale
 from pretrain.training.trainer import Trainer
 from scripts.faults import tiny
 
-LEAVES = [key for key in known_keys() if not any(other.startswith(f"{key}.") for other in known_keys())]
+OF_SOURCES = ("data.train.weight", "data.train.max_epochs")
+"""Keys within a list, which are named with their source."""
+LEAVES = [
+    key
+    for key in known_keys()
+    if key not in OF_SOURCES and not any(other.startswith(f"{key}.") for other in known_keys())
+]
 STEPS, STOP = 6, 3
 
 
@@ -120,6 +137,44 @@ def test_one_budget_replaces_another() -> None:
 def test_decay_comes_and_goes_with_the_kind_of_schedule() -> None:
     wsd = config().model_copy(update={"schedule": ScheduleConfig(kind="wsd")})
     assert len(changes_at_resume(config_to_dict(config()), wsd, ["schedule.kind"])) == 2
+
+
+WEB = {"name": "web", "files": ["w.txt"], "weight": 0.5}
+CODE = {"name": "code.2", "files": ["c.txt"], "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("train", "said", "stages"),
+    [
+        ([WEB | {"weight": 0.9}, CODE], ["data.train[web].weight: 0.5 -> 0.9"], ["train"]),
+        (
+            [WEB, CODE | {"weight": 0.2, "max_epochs": 2.0}],
+            ["data.train[code.2].weight: 0.5 -> 0.2", "data.train[code.2].max_epochs: None -> 2.0"],
+            ["train", "train"],
+        ),
+        ([WEB | {"encoding": "big5"}, CODE], ["data.train[web].encoding: None -> 'big5'"], ["tokenizer"]),
+        ([WEB], ["data.train[code.2]: {'name': 'code.2', "], ["tokenizer"]),
+        ([CODE, WEB], ["data.train: [{'name': 'web', "], ["tokenizer"]),
+        (["w.txt"], ["data.train: [{'name': 'web', "], ["tokenizer"]),
+    ],
+)
+def test_of_the_sources_the_part_that_differs_is_said(train: list[Any], said: list[str], stages: list[str]) -> None:
+    old = json.loads(json.dumps(config_to_dict(changed(config(), data={"train": [WEB, CODE]}))))
+    new = changed(config(), data={"train": train})
+    changes = changed_keys(old, new)
+    assert [change.rule.stage for change in changes] == stages
+    assert all(str(change).startswith(start) for change, start in zip(changes, said, strict=True))
+    with pytest.raises(ChangedConfigError, match="cannot change"):
+        changes_at_resume(old, new, ["data.train"])
+
+
+def test_other_weights_touch_the_text_only_of_a_trained_run(tmp_path: Path) -> None:
+    old, new = (changed(config(), data={"train": [WEB | {"weight": weight}, CODE]}) for weight in (0.5, 0.9))
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_config(old))
+    refuse_changed(new, saved, ["tokenizer", "data"])
+    with pytest.raises(ChangedConfigError, match=r"data\.train\[web\]\.weight: 0\.5 -> 0\.9 \(touches train, "):
+        refuse_changed(new, saved, ["tokenizer", "data"], trained_with=json.loads(json.dumps(config_to_dict(old))))
 
 
 def test_only_keys_can_be_allowed() -> None:
@@ -407,6 +462,7 @@ def test_a_finished_run_goes_on_to_a_longer_budget(tmp_path: Path) -> None:
 def test_before_the_first_checkpoint_everything_may_change(stopped: tiny.Run, tmp_path: Path) -> None:
     run = tiny.copy(stopped, tmp_path)
     shutil.rmtree(run.checkpoints)
+    (run.checkpoints.parent / "run.json").unlink()  # as where the first save was never reached
     console = recorded()
     assert train(load_config(run.config, ["optimizer.lr=0.5", "train.seed=9"]), console=console) == 0
     assert "starting at step 0" in text_of(console)

@@ -152,8 +152,8 @@ def test_samples_of_what_was_removed_are_shown(run, tmp_path):
     assert "3 of 10 documents (30.00%)" in text
     assert "too short · a.jsonl:9" in text
     assert "␛]0;evil␇<b>" in text
-    write_page(report, tmp_path / "page.html")
-    assert "␛]0;evil␇<b>" in check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    write_page(report, tmp_path / "not" / "there" / "page.html")
+    assert "␛]0;evil␇<b>" in check_page((tmp_path / "not" / "there" / "page.html").read_text(encoding="utf-8"))
 
 
 def printed(report) -> str:

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from pretrain.export import export_model, import_model
-from pretrain.files import ArtifactError
+from pretrain.files import ArtifactError, write_manifest
 from pretrain.model_dir import PublishedStore, read_loom, read_state, write_model
 from pretrain.models import loom_config, model_from_config
+from pretrain.training.checkpoint import verify_model
 
 ARCHITECTURES = ("bert", "modernbert", "gpt2", "llama")
 
@@ -71,6 +72,28 @@ def test_half_precision_is_proved_against_the_rounded_weights(dtype: str, tmp_pa
     kinds = {tensor.dtype for tensor in read_state(tmp_path / "out").values()}
     assert kinds == {torch.bfloat16 if dtype == "bf16" else torch.float16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(kinds.pop()).split(".")[1]
+
+
+def test_only_a_checkpoints_model_has_digests_to_compare(tmp_path: Path) -> None:
+    """Every file of the model counts, whatever name a checkpoint was copied to; other directories are as before."""
+    home = tmp_path / "step-00000010"
+    (home / "model").mkdir(parents=True)
+    write_model(drawn("gpt2"), home / "model")
+    export_model(home, tmp_path / "without-manifest")
+    write_manifest(home, kind="checkpoint", config={})
+    export_model(home, tmp_path / "whole")
+    with (home / "model" / "config.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ArtifactError, match=r"config\.json` was altered.*copy it out"):
+        export_model(home, tmp_path / "altered")
+    (home / "model" / "config.json").unlink()
+    with pytest.raises(ArtifactError, match=r"config\.json` is missing"):
+        verify_model(home / "model")
+    copied = home.rename(tmp_path / "copied")
+    verify_model(copied / "model")  # anything may hold a folder `model` and a `manifest.json`
+    (copied / "trainer.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"config\.json` is missing"):
+        verify_model(copied / "model")
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

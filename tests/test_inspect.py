@@ -24,6 +24,7 @@ from pretrain.data.looking.spelling import GOES_ON, Spelling, visible
 from pretrain.data.objectives import IGNORE
 from pretrain.data.preparing.splits import is_held_out
 from pretrain.data.vocabulary import read_vocabulary
+from pretrain.files import ArtifactError
 from pretrain.inspect import Inspected, inspect_step, parse_rows, show, write_page
 from pretrain.prepare import prepare_data
 from pretrain.training.guard import Verdict, message
@@ -235,8 +236,8 @@ def check_page(html: str) -> str:
 def test_the_page_stands_alone_and_escapes_the_text(runs, architecture, tmp_path):
     batches = (inspect_step(runs[architecture], step) for step in range(1, 50))
     inspected = next(batch for batch in batches if words(batch) == {"script", "宋"})
-    assert write_page(inspected, tmp_path / "page.html") == 4
-    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert write_page(inspected, tmp_path / "not" / "there" / "page.html") == 4
+    html = (tmp_path / "not" / "there" / "page.html").read_text(encoding="utf-8")
     body = check_page(html)
     assert "\x1b" not in html
     assert "\u202e" not in html
@@ -306,6 +307,10 @@ def test_phases_need_the_length_of_the_run(runs, tmp_path):
     known = inspect_step(phased, 30)
     assert known.warnings == ()
     assert known.totals.sources == {"books": 4}
+    for damage in ('{"minutes": 1.0, "ba', "[]", '{"minutes": 1.0, "batch_tokens": 128}', '{"steps": null}'):
+        (phased.directory / "train" / "budget.json").write_text(damage)
+        with pytest.raises(ArtifactError, match=r"budget\.json` cannot be read .*; remove it, and it is measured"):
+            inspect_step(phased, 30)
 
 
 def test_splits(runs):

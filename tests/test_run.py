@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.console import Console
 
 from pretrain import run as verb
 from pretrain.config import RunConfig, config_from_dict, config_to_dict
-from pretrain.files import read_manifest, write_manifest
+from pretrain.evaluate import evaluate_model
+from pretrain.export import export_model
+from pretrain.files import ArtifactError, read_manifest, write_manifest
 from pretrain.runtime import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,6 +139,54 @@ def test_a_lost_export_is_made_again_and_nothing_else(corpus: Path, tmp_path: Pa
     assert digest(configuration.directory) == before
 
 
+def test_an_altered_checkpoint_is_neither_scored_nor_exported(made: tuple[RunConfig, str], tmp_path: Path) -> None:
+    """Refused with the file and the remedy; the remedy works; a copy of the model alone is taken as it is."""
+    directory = tmp_path / made[0].name
+    shutil.copytree(made[0].directory, directory)
+    configuration = made[0].model_copy(update={"out": str(tmp_path)})
+    assert verb.run(configuration, console=recorded()) == 0
+    final = directory / "train" / "checkpoints" / "step-00000006"
+    weights = final / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    altered = r"model\.safetensors` was altered.*remove `.*step-00000006`, and `pretrain run` trains on"
+    for lost in ("report", "export"):
+        kept = (directory / lost / "manifest.json").read_bytes()
+        (directory / lost / "manifest.json").unlink()
+        before = digest(directory)
+        with pytest.raises(ArtifactError, match=altered):
+            verb.run(configuration, console=recorded())
+        assert digest(directory) == before
+        (directory / lost / "manifest.json").write_bytes(kept)
+    for source in (directory, final, final / "model"):
+        with pytest.raises(ArtifactError, match=altered):
+            export_model(source, tmp_path / "out")
+    with pytest.raises(ArtifactError, match=altered):
+        evaluate_model(final / "model", [made[0].data.train[0]])
+    shutil.copytree(final / "model", tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "out")
+    shutil.rmtree(final)
+    console = recorded()
+    assert verb.run(configuration, console=console) == 0
+    assert "going on from step 3 of 6" in text_of(console)
+    assert weights.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [b'{"checkpoint": "st', b"\xff\xfe", b"[]", b'{"checkpoint": "step-00000006"}'])
+def test_a_damaged_result_is_written_again(made: tuple[RunConfig, str], tmp_path: Path, damage: bytes) -> None:
+    directory = tmp_path / made[0].name
+    shutil.copytree(made[0].directory, directory)
+    configuration = made[0].model_copy(update={"out": str(tmp_path)})
+    result = directory / "train" / "result.json"
+    before = json.loads(result.read_text())
+    result.write_bytes(damage)
+    assert not verb.is_made(configuration, "train")
+    console = recorded()
+    assert verb.run(configuration, console=console) == 0
+    assert json.loads(result.read_text()) == before
+    assert "export: made already, unchanged" in text_of(console)
+
+
 def test_fresh_archives_the_old_run(corpus: Path, tmp_path: Path) -> None:
     configuration = config(corpus, tmp_path, train={"steps": 2})
     assert verb.run(configuration, console=recorded()) == 0
@@ -212,7 +263,6 @@ def test_the_exports_home_must_fit_a_model_from_elsewhere(
 
 
 def test_one_process_at_a_time(made: tuple[RunConfig, str]) -> None:
-    from pretrain.files import ArtifactError
     from pretrain.prepare import prepare_data
     from pretrain.tokenizer import train_tokenizer
     from pretrain.train import train

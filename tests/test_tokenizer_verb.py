@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -95,6 +96,43 @@ def test_another_configuration_is_refused(tmp_path: Path, text: Path) -> None:
     with pytest.raises(ArtifactError, match="vocab_size: 320 -> 384"):
         train_tokenizer(other)
     assert read_manifest(directory, "tokenizer").config["vocab_size"] == 320
+
+
+def test_weights_do_not_decide_it_and_what_is_read_does(tmp_path: Path, text: Path) -> None:
+    source: dict[str, Any] = {"name": "web", "files": [str(text)], "weight": 1.0}
+
+    def with_data(more: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+        data = {"train": [source | changes], "sequence_length": 32}
+        return run_config(tmp_path, text, data=data | (more or {}))
+
+    train_tokenizer(with_data())
+    assert is_trained(with_data(weight=0.3, max_epochs=2.0))
+    for config, said in (
+        (with_data({"encoding": "utf-8"}), "text.encoding: 'auto' -> 'utf-8'"),
+        (with_data({"ids_field": "text"}), "text.ids_field: None -> 'text'"),
+        (with_data(encoding="utf-8"), "text.train: "),
+    ):
+        assert not is_trained(config)
+        with pytest.raises(ArtifactError, match=re.escape(f"another configuration ({said}")):
+            train_tokenizer(config)
+
+
+def test_text_that_is_all_bad_is_named_with_what_it_may_be(tmp_path: Path) -> None:
+    file = tmp_path / "old.txt"
+    file.write_bytes("\n".join(["天地玄黄宇宙洪荒日月盈昃辰宿列张"] * 30).encode("gb18030"))
+    data = {"train": [str(file)], "sequence_length": 32, "encoding": "utf-8", "document": "line"}
+    for algorithm in ("byte-bpe", "bytes"):
+        with pytest.raises(ValueError, match="there is no text in the files given") as caught:
+            train_tokenizer(run_config(tmp_path, file, data=data, tokenizer={"algorithm": algorithm}))
+        said = str(caught.value)
+        assert "30 lines or rows are bad" in said
+        assert f"{file}:1: not UTF-8" in said
+        assert "say so with data.encoding: gb18030" in said
+    data["encoding"] = "shift_jis"
+    broken = tmp_path / "broken.txt"
+    broken.write_bytes(b"\x81\n" * 12)
+    with pytest.raises(ValueError, match=r"12 lines or rows are bad(?s:.*)broken\.txt:1: .*shift_jis(?s:.*)\nMend"):
+        train_tokenizer(run_config(tmp_path, broken, data=data | {"train": [str(broken)]}))
 
 
 def test_altered_files_are_noticed(tmp_path: Path, text: Path) -> None:

@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
 from pretrain.config import TokenizerConfig, parse_yaml
+from pretrain.data.reading.documents import resolve_sources
 from pretrain.files import commit_directory
-from pretrain.tokenizer import make_tokenizer, source_files, write_report
+from pretrain.tokenizer import make_tokenizer, write_report
 
 
 class Recipe(BaseModel):
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         with commit_directory(options.out) as directory:
             report = make_tokenizer(
                 recipe.tokenizer,
-                source_files(options.files),
+                resolve_sources(options.files, key="--files"),
                 directory,
                 architecture=recipe.architecture,
                 model_max_length=recipe.sequence_length,

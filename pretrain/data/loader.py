@@ -144,7 +144,13 @@ class DataPlane:
                     "or add text"
                 )
             epochs = self.mixture.epochs(samples)
-        return [
+        lines = []
+        if self.mixture is not None and self.mixture.stretches[-1].start >= samples:
+            lines.append(
+                f"data.phases: the run ends after {total_steps:,} steps, before the last phase or the end of a source "
+                f"at step {self.mixture.stretches[-1].start // self.rows_per_batch:,}"
+            )
+        return lines + [
             f"{f'source {name}' if name else 'the training text'} is read {count:.1f} times in this run; past about "
             f"{MANY_EPOCHS:g} repeated text teaches little: add text" + (", or lower its weight" if name else "")
             for name, count in epochs.items()
@@ -252,10 +258,17 @@ class DataPlane:
             ValueError: lists each difference.
         """
         was, now = {**state["made_of"], "seed": state["seed"]}, {**self.made_of, "seed": self.seed}
-        if state["fingerprint"] == self.fingerprint and was["seed"] == now["seed"]:
-            return
+        for made_of in (was, now):  # what is still to come may change; whether it does is for the configuration to say
+            if made_of.get("mixture"):
+                made_of["mixture"] = [
+                    part for part in made_of["mixture"] if part["from sample"] < state["samples_seen"]
+                ]
         different = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+        if not different:
+            return
         lines = "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in different)
+        shares = self._weights is not None and any(isinstance(until, str) for until, _ in self._weights.phases)
+        hint = " (phases given as shares move with the budget: give `until` in steps)" if shares else ""
         raise ValueError(
-            f"the checkpoint saw other data: {lines}; put it back as it was, or start a run under another name="
+            f"the checkpoint saw other data: {lines}; put it back as it was{hint}, or start a run under another name="
         )

@@ -6,7 +6,7 @@ The stream is cut into stretches of constant weights: where a phase begins, and 
 it may be. Within a stretch a tree of two-way splits says where sample g goes: a node that hands the share a / (a + b)
 to the left has sent round(g a / (a + b)) of its first g samples there, so that counts are functions of g and each
 node is less than one sample off its share. The tree is Huffman's, so heavy sources lie near its root and the
-errors on the way to a leaf add up to fewer than two samples, however many sources there are.
+errors on the way to a leaf add up to fewer than two samples a stretch, however many sources there are.
 """
 
 from __future__ import annotations
@@ -125,6 +125,12 @@ def plan_mixture(
     Raises:
         ValueError: when phases do not follow each other, or a source with a weight is not there or has no rows.
     """
+    for name, limit in weights.max_epochs.items():
+        if name in names and rows[names.index(name)] and int(limit * rows[names.index(name)]) == 0:
+            raise ValueError(
+                f"data.train: max_epochs {limit:g} of source `{name}` is less than one of its "
+                f"{rows[names.index(name)]:,} rows; raise it, or leave the source out"
+            )
     limits = [
         int(weights.max_epochs[name] * count) if name in weights.max_epochs else None
         for name, count in zip(names, rows, strict=True)

@@ -37,7 +37,7 @@ from pretrain.data.reading.sources import (
     with_index,
 )
 from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, token_dtype
-from pretrain.files import ArtifactError, Manifest, read_manifest
+from pretrain.files import ArtifactError, Manifest, bytes_in, read_manifest
 
 _BLOCK = 1 << 20
 _THREADS = 4
@@ -91,7 +91,7 @@ def verify_data(directory: Path, *, full: bool, told: Told | None = None) -> Non
 
 def bytes_to_verify(directory: Path) -> int:
     """How many bytes `verify_data` reads."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return bytes_in(directory)
 
 
 def verify_tokenizer(directory: Path) -> None:

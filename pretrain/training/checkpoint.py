@@ -43,6 +43,7 @@ from pretrain.training.checkpoint_files import (
     load_checkpoint,
     read_config,
     save_checkpoint,
+    verify_model,
 )
 from pretrain.training.state import (
     OptimizerState,
@@ -73,6 +74,7 @@ __all__ = [
     "save_checkpoint",
     "tensor_bytes",
     "tidy",
+    "verify_model",
 ]
 
 Pointer = Literal["latest", "best"]

@@ -169,6 +169,31 @@ def read_config(directory: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def verify_model(directory: Path) -> None:
+    """Compare every file of a model that lies in a checkpoint with its digest; a model from elsewhere has none.
+
+    Args:
+        directory: the model, `step-00001000/model` say.
+
+    Raises:
+        ArtifactError: names the first file that is missing or altered, and the remedy.
+    """
+    directory = directory.resolve()
+    home = directory.parent
+    named = re.fullmatch(r"step-\d{8,}", home.name) is not None and (home / MANIFEST).is_file()
+    if directory.name != "model" or not (named or (home / TRAINER).is_file()):
+        return
+    try:
+        manifest = read_manifest(home, KIND)
+        model = {name: digest for name, digest in manifest.files.items() if name.startswith("model/")}
+        verify_manifest(home, replace(manifest, files=model))
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{error}. Put the file back as it was, or remove `{home}`, and `pretrain run` trains on from the "
+            "checkpoint before it; to use the model as it is, copy it out of the checkpoint"
+        ) from error
+
+
 def load_checkpoint(directory: Path, *, verify: bool = True) -> Checkpoint:
     """Read a checkpoint. With `verify`, every file's digest is compared before anything is used.
 

@@ -213,13 +213,14 @@ def message(step: int, verdict: Verdict, rows: list[object], command: str, *, sh
     return f"step {step}: {verdict.detail}; {became}; rows {named}{more}; `{command}` shows them"
 
 
-def error(verdict: Verdict, line: str, in_a_row: int) -> ValueError:
-    """The error that ends a run, with the remedy."""
+def error(verdict: Verdict, line: str, in_a_row: int, next_call: str = "") -> ValueError:
+    """The error that ends a run, with the remedy, and what the next call does."""
+    line = f"{line}. {next_call}".rstrip()
     if verdict.why == "spike":
-        return SpikeError(f"{line}; set train.on_spike=skip (or log) to go on, or raise train.spike_sigma")
+        return SpikeError(f"{line} Set train.on_spike=skip (or log) to go on, or raise train.spike_sigma")
     if in_a_row > 1:
         return NonFiniteError(
-            f"{line}; it is the last of {in_a_row} steps in a row without an update, so no later batch will heal it: "
+            f"{line} It is the last of {in_a_row} steps in a row without an update, so no later batch will heal it: "
             "look at the rows in skipped.jsonl, then go back to an earlier checkpoint or start a run with a lower lr"
         )
-    return NonFiniteError(f"{line}; set train.on_nonfinite=skip to go on, or start another run with a lower lr")
+    return NonFiniteError(f"{line} Set train.on_nonfinite=skip to go on, or start another run with a lower lr")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig
+from pretrain.files import ArtifactError
 from pretrain.training.progress import budget_minutes, steps_of
 
 
@@ -54,18 +55,33 @@ def length_of_run(
 
     Returns:
         None for a budget of time that was not measured yet.
+
+    Raises:
+        ArtifactError: when `budget.json` is asked and cannot be read.
     """
     if state is not None:
         return Length(int(state["progress"]["total_steps"]), "the newest checkpoint")
     if not budget_minutes(config):
         return Length(steps_of(config, num_rows, None), "the configuration")
+    steps = fixed_steps(config, directory)
+    return None if steps is None else Length(steps, "budget.json")
+
+
+def fixed_steps(config: RunConfig, directory: Path) -> int | None:
+    """The steps that a budget of time was fixed as, by `budget.json`; None when it was not, or for another budget.
+
+    Raises:
+        ArtifactError: when the file cannot be read, or lacks an entry.
+    """
+    path = directory / "budget.json"
     try:
-        known = json.loads((directory / "budget.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        fixed, steps = (known["minutes"], known["batch_tokens"]), int(known["steps"])
+    except FileNotFoundError:
         return None
-    if known["minutes"] != budget_minutes(config) or known["batch_tokens"] != config.train.batch_tokens:
-        return None
-    return Length(int(known["steps"]), "budget.json")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"`{path}` cannot be read ({error!r}); remove it, and it is measured again") from error
+    return steps if fixed == (budget_minutes(config), config.train.batch_tokens) else None
 
 
 def numbers_of_step(directory: Path, step: int) -> dict[str, Any] | None:

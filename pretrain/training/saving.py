@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import nn
 
 from pretrain.config import RunConfig, config_to_dict, dump_config
-from pretrain.files import ArtifactError, make_directories, update_file
+from pretrain.files import ArtifactError, bytes_in, make_directories, replace_file, update_file
 from pretrain.training import checkpoint
 from pretrain.training.optim import state_keys
 from pretrain.training.progress import Progress
@@ -42,6 +42,10 @@ _SECONDS_BETWEEN_TRIES = 2.0
 
 class NotSavedError(ValueError):
     """The last checkpoint of a process could not be written; says what is lost and how to go on."""
+
+
+SAVED_MARK = "run.json"
+"""Written with a run's first checkpoint: where it stands and no checkpoint does, they were taken away."""
 
 
 class ModelStore(Protocol):
@@ -142,7 +146,11 @@ class Saver:
         if aside is not None:
             self._say(f"another run's checkpoint stood at step {progress.step:,}; it lies in {aside} now")
         before = progress.best
-        is_best = loss is not None and (before is None or loss < before["loss"])
+        is_best = (
+            loss is not None
+            and math.isfinite(loss)
+            and (before is None or not math.isfinite(before["loss"]) or loss < before["loss"])
+        )
         if is_best:
             assert loss is not None
             progress.best = {"step": progress.step, "loss": loss}
@@ -167,6 +175,8 @@ class Saver:
             progress.best = before
             raise
         try:
+            if not (self.directory / SAVED_MARK).exists():
+                replace_file(self.directory / SAVED_MARK, (json.dumps({"run_id": progress.run_id}) + "\n").encode())
             checkpoint.point(self.directory, "latest", progress.step)
             if is_best:
                 checkpoint.point(self.directory, "best", progress.step)
@@ -219,7 +229,7 @@ class Saver:
             state += keys * sum(weights[parameter] for parameter in group["params"])
             tensors += (keys + 1) * len(group["params"])
         buffers = sum(buffer.nbytes for buffer in self.model.buffers())
-        tokenizer = _size(self.config.directory / "tokenizer")
+        tokenizer = bytes_in(self.config.directory / "tokenizer")
         # Names and shapes, the random generators and the configuration as JSON, and half-filled blocks of the disk.
         slack = 400 * tensors + 192 * 1024 + (sum(weights.values()) + state) // 100
         return sum(weights.values()) + state + buffers + tokenizer + slack
@@ -238,7 +248,7 @@ class Saver:
         to_come = math.ceil((progress.total_steps - progress.step) / save_every)
         together = min(self.config.checkpoint.keep + 1 + judged, len(own) + to_come)
         together = max(together, len(own) + 1)  # the first save comes before any removal
-        missing = max(one, together * one - sum(_size(path) for path in own))
+        missing = max(one, together * one - sum(bytes_in(path) for path in own))
         free = _free_bytes(self.directory)
         if missing > free:
             raise ArtifactError(
@@ -276,10 +286,19 @@ class Saver:
             ValueError: when the data is not what the checkpoint saw.
         """
         found = checkpoint.find_resumable(self.directory, report=self._say)
+        if found is None and (self.directory / SAVED_MARK).exists():
+            raise ArtifactError(
+                f"`{self.directory}` had checkpoints, and there is none now; put them back, give another name=, or "
+                f"start anew with `pretrain run --fresh` (or by removing `{self.directory}`)"
+            )
         if found is None:
             return None
         loaded = checkpoint.load_checkpoint(found, verify=False)  # its digests were just compared
-        progress = Progress(**loaded.state["progress"])
+        saved = loaded.state["progress"]
+        if unknown := sorted(set(saved) - {known.name for known in fields(Progress)}):
+            raise ArtifactError(f"`{found}` holds `{unknown[0]}`, which this version does not know; use a newer one")
+        progress = Progress(**saved)
+        budget_before = progress.total_steps
         notes = take_up(
             progress,
             loaded.state["config"],
@@ -289,8 +308,9 @@ class Saver:
             arithmetic=self.arithmetic,
             allow=allow_changes,
         )
-        self.data.for_run(progress.total_steps)
+        told = self.data.for_run(progress.total_steps)
         self.data.check(loaded.state["data"])
+        notes = [*notes, *(told if progress.total_steps != budget_before else ())]
         self.store.read(self.model, found / "model")
         checkpoint.load_optimizer_state_by_name(self.model, self.optimizer, loaded.optimizer)
         checkpoint.restore_rng(loaded.rng)
@@ -328,11 +348,6 @@ class Saver:
             if pointed != path and path.is_dir():
                 with suppress(OSError, ArtifactError):  # on a full disk; the next save tries again
                     checkpoint.point(self.directory, name, step)
-
-
-def _size(directory: Path) -> int:
-    """Bytes of the files in a directory."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _free_bytes(directory: Path) -> int:

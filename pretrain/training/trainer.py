@@ -36,6 +36,7 @@ from pretrain.training.flops import peak_flops
 from pretrain.training.guard import Guard, Verdict, error, message
 from pretrain.training.metrics import JsonLines, Metrics, open_metrics
 from pretrain.training.progress import Progress, Result, budget_minutes, steps_of
+from pretrain.training.records import fixed_steps
 from pretrain.training.saving import ModelStore, Saver
 from pretrain.training.schedule import learning_rate_scale
 
@@ -270,7 +271,9 @@ class Trainer:
             record.write(step, found)  # a full disk must not end the training
         line = message(step, verdict, rows, f"pretrain inspect {self.directory / 'config.yaml'} --step {step}")
         if verdict.stop:
-            raise error(verdict, line, progress.guard.in_a_row)
+            whole = checkpoint.list_checkpoints(self.directory, run_id=progress.run_id)
+            where = f"checkpoint {whole[-1].name}" if whole else "step 0: nothing is saved yet"
+            raise error(verdict, line, progress.guard.in_a_row, f"The next call goes on from {where}.")
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _numbers(
@@ -356,10 +359,8 @@ class Trainer:
         if train.minutes is None and train.hours is None:
             return steps_of(self.config, self.data.num_rows, None)
         record = self.directory / "budget.json"
-        if record.is_file():
-            known = json.loads(record.read_text(encoding="utf-8"))
-            if known["minutes"] == budget_minutes(self.config) and known["batch_tokens"] == train.batch_tokens:
-                return int(known["steps"])
+        if (known := fixed_steps(self.config, self.directory)) is not None:
+            return known
         seconds_per_step = self.measure_step()
         steps = steps_of(self.config, self.data.num_rows, seconds_per_step)
         fixed = {

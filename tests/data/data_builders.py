@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.config import RunConfig, config_from_dict
+from pretrain.data.reading import remote
 from pretrain.data.shards import ShardFacts, TokenStore
 from pretrain.files import Manifest, read_manifest, write_json, write_manifest
 
@@ -36,6 +37,12 @@ def write_tokenizer(directory: Path, architecture: str, text: str = "", vocab_si
     tokenizer.save(str(directory / "tokenizer.json"))
     write_json(directory / "tokenizer_config.json", {f"{role}_token": token for role, token in specials.items()})
     return write_manifest(directory, kind="tokenizer", config={}, facts={"vocab_size": tokenizer.get_vocab_size()})
+
+
+def forget_servers() -> None:
+    """What servers said and whether they answered is forgotten, as in a new process."""
+    remote._listings.clear()
+    remote._unreachable.clear()
 
 
 def run_config(tmp_path: Path, architecture: str = "gpt2", name: str = "run", **data: Any) -> RunConfig:

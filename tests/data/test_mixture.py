@@ -91,6 +91,12 @@ def test_phases_given_as_shares_follow_the_length_of_the_run():
         plan_mixture(("a", "b"), (9, 9), asked, rows_per_batch=2, total_steps=0)
 
 
+def test_a_limit_below_one_row_is_refused():
+    asked = Weights(((None, {"a": 1.0, "b": 1.0}),), {"b": 0.01})
+    with pytest.raises(ValueError, match="less than one of its 9 rows"):
+        plan_mixture(("a", "b"), (9, 9), asked, rows_per_batch=2, total_steps=10)
+
+
 # --- a prepared run -------------------------------------------------------------------------------------------------
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from data_builders import run_config
+from data_builders import forget_servers, run_config
 from transformers import AutoTokenizer
 
 from pretrain.config import RunConfig, TokenizerConfig, config_from_dict, config_to_dict
 from pretrain.config_text import ConfigError
 from pretrain.data.batches import LoadedSplit
-from pretrain.data.reading import remote
 from pretrain.data.vocabulary import ReadyIds, read_vocabulary
 from pretrain.export import export_model
 from pretrain.files import read_manifest
@@ -128,7 +127,7 @@ def test_ids_without_a_tokenizer_are_refused(tmp_path) -> None:
 def test_a_tokenizer_of_a_run_is_taken_byte_for_byte(tmp_path, monkeypatch) -> None:
     """From a directory and from a URL, so that its shards fit too."""
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
-    remote.forget()
+    forget_servers()
     (tmp_path / "a.txt").write_text("\n".join(LINES))
     first = ids_run(tmp_path, "gpt2", "first", train=[str(tmp_path / "a.txt")], document="line", workers=1)
     train_tokenizer(first)
@@ -149,7 +148,7 @@ def test_a_tokenizer_of_a_run_is_taken_byte_for_byte(tmp_path, monkeypatch) -> N
         assert made.digest == read_manifest(first.directory / "data", "data").digest
         assert json.dumps(made.config).count(f"{place}/data") == 1
     fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
-    remote.forget()
+    forget_servers()
 
 
 def test_from_and_text_keys_do_not_go_together(tmp_path) -> None:
@@ -159,5 +158,5 @@ def test_from_and_text_keys_do_not_go_together(tmp_path) -> None:
     config = run_config(tmp_path, **{"from": "runs/a/data"})
     assert config_from_dict(config_to_dict(config)) == config_from_dict(config_to_dict(config))
     assert set(config_to_dict(config)["data"]) == {
-        "from", "sequence_length", "max_documents_per_row", "workers", "verify"
+        "from", "phases", "sequence_length", "max_documents_per_row", "workers", "verify"
     }  # fmt: skip

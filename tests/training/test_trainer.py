@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pretrain.config import RunConfig, config_from_dict
-from pretrain.files import write_safetensors
+from pretrain.files import ArtifactError, write_safetensors
 from pretrain.training.checkpoint import list_checkpoints, optimizer_state_by_name, read_pointer, tensor_bytes
 from pretrain.training.guard import NonFiniteError
 from pretrain.training.optim import build_optimizer
@@ -215,6 +215,16 @@ def test_best_and_latest_are_kept(tmp_path: Path) -> None:
     )
 
 
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    scores = {0: 9.0, 2: math.nan, 4: 5.0, 6: 4.0, 8: math.inf, 10: 4.5}
+    configuration = config(tmp_path, evaluate={"every": 2}, checkpoint={"every": 2, "keep": 1})
+    made = trainer(configuration, evaluators={"validation": lambda model, context: {"loss": scores[context.step]}})
+    assert made.train().progress.best == {"step": 6, "loss": 4.0}
+    best = read_pointer(made.directory, "best")
+    assert best is not None
+    assert best.name == "step-00000006"
+
+
 class NaNAtStep(Toy):
     """A model whose loss is NaN once."""
 
@@ -267,6 +277,9 @@ def test_a_budget_of_time_is_fixed_once_and_leaves_no_trace(tmp_path: Path) -> N
     record = json.loads((made.directory / "budget.json").read_text())
     steps = record["steps"]
     assert record["tokens"] == steps * 8 * LENGTH
+    (made.directory / "budget.json").write_text('{"minutes": 0.0005')
+    with pytest.raises(ArtifactError, match=r"budget\.json` cannot be read .*; remove it, and it is measured again"):
+        trainer(timed, dropout=0.3)._total_steps()
     counted = trainer(config(tmp_path / "counted", train={"steps": steps}), dropout=0.3)
     counted.train()
     assert [entry[:2] for entry in losses(made.directory)] == [entry[:2] for entry in losses(counted.directory)]

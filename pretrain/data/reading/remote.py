@@ -106,12 +106,6 @@ _downloads: dict[Path, Remote] = {}  # what belongs at a place of the cache
 _unreachable: set[str] = set()  # servers that did not answer: their other files are not waited for again
 
 
-def forget() -> None:
-    """Ask every server anew."""
-    _listings.clear()
-    _unreachable.clear()
-
-
 def is_url(entry: str) -> bool:
     """Whether an entry of the configuration is a URL; a `file://` one is a path."""
     return "://" in entry and not entry.startswith("file://")

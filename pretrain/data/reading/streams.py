@@ -16,7 +16,6 @@ from typing import IO
 from pretrain.data.reading.compression import FrameStream
 from pretrain.data.reading.sources import SourceFile
 
-BOM = b"\xef\xbb\xbf"
 _BUFFER = 1 << 20
 _BLANK = b" \t\r\v\f"
 
@@ -80,11 +79,3 @@ def count_lines(file: SourceFile, end: int) -> int:
             lines += block.count(b"\n")
             end -= len(block)
     return lines
-
-
-def text_bytes(file: SourceFile) -> int:
-    """Size of the text in a file: after decompression, which costs a pass over a compressed one."""
-    if file.compression is None:
-        return file.bytes
-    with open_bytes(file) as (stream, _):
-        return sum(len(block) for block in iter(lambda: stream.read(_BUFFER), b""))

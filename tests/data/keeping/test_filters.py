@@ -7,6 +7,13 @@ import pytest
 from pretrain.config_data import FilterStep
 from pretrain.data.keeping.filters import Judge, check_filters, filter_labels, known_filters
 
+PROSE = """A boat came up the river in the first week of spring, and most of the town went down to look at it.
+It carried salt, cloth and two letters, one of which had been written more than a year before.
+The miller read them aloud because he was the only man there who could, with a break after every page.
+Children listened from the wall; their mothers asked what the handwriting was like, and whether it shook.
+Nobody could say when the next one would come, so that evening everyone began to write an answer.
+"""
+
 
 def step(name: str, **parameters) -> FilterStep:
     return FilterStep(name=name, parameters=parameters)
@@ -76,6 +83,23 @@ def test_filters_judge_in_order_and_give_reasons(monkeypatch):
     assert judge.judge(good, "f:0") == (good, ["RegexFilter", "GopherQualityFilter"], "")
     assert judge.judge("a secret", "f:1") == (None, [], "no reason given")
     assert judge.judge("the cat and", "f:2") == (None, ["RegexFilter"], "gopher_short_doc")
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "reason"),
+    [
+        ("GopherQualityFilter", "Wolves hunt deer across snowy plains. " * 10, "gopher_enough_stop_words"),
+        ("GopherRepetitionFilter", "You should buy this very good lamp today and save. " * 10, "top_3_gram"),
+        ("FineWebQualityFilter", "\n".join(f"{place:x>34}." for place in "abcdefghijkl"), "list_ratio"),
+    ],
+)
+def test_filters_that_count_words_keep_prose_and_name_what_is_wrong(name, bad, reason):
+    """With the words of spaCy: each of the bad texts fails by a count of words."""
+    pytest.importorskip("spacy", reason="spacy is missing: install the extra `filters`")
+    check_filters([step(name)])
+    judge = Judge([step(name)])
+    assert judge.judge(PROSE, "f:0") == (PROSE, [name], "")
+    assert judge.judge(bad, "f:1") == (None, [], reason)
 
 
 def test_a_filter_may_change_the_text_it_keeps():

@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from data_builders import run_config, write_tokenizer
+from data_builders import forget_servers, run_config, write_tokenizer
 
 from pretrain.config import dump_config
 from pretrain.config_types import redacted
@@ -34,9 +34,9 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("PRETRAIN_OFFLINE", raising=False)
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
-    remote.forget()
+    forget_servers()
     yield tmp_path / "cache"
-    remote.forget()
+    forget_servers()
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def memory(request) -> Iterator[str]:
 def put(url: str, data: bytes) -> None:
     with fsspec.open(url, "wb") as file:
         file.write(data)
-    remote.forget()
+    forget_servers()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -207,7 +207,7 @@ def test_a_download_that_never_ends_whole_is_an_error_and_leaves_no_file(server:
     assert len(server.requests) == 1 + 1 + remote.ATTEMPTS - 1
     assert not copies(cache)
     server.faults = []
-    remote.forget()
+    forget_servers()
     assert texts(f"{server.url}/a.jsonl") == [row["text"] for row in ROWS], "and the next call mends it"
 
 
@@ -264,7 +264,7 @@ def test_a_changed_remote_file_makes_the_shards_stale(tmp_path: Path, memory: st
     url = f"{memory}/a.jsonl"
     put(url, JSONL)
     config, directory = prepared(tmp_path, url)
-    remote.forget()
+    forget_servers()
     assert is_prepared(config)
     put(url, JSONL)
     assert is_prepared(config), "written anew, with the same bytes"
@@ -280,12 +280,12 @@ def test_a_whole_cache_needs_no_server(tmp_path: Path, server: Server, monkeypat
     url = f"{server.url}/a.jsonl"
     resolve_sources([url])
     server.faults = ["500"] * 100
-    remote.forget()
+    forget_servers()
     assert len(texts(url)) == len(ROWS)
     assert "what is in the cache is used" in caplog.text
     asked = len(server.requests)
     monkeypatch.setenv("PRETRAIN_OFFLINE", "1")
-    remote.forget()
+    forget_servers()
     config, _ = prepared(tmp_path, url)
     assert is_prepared(config)
     assert len(server.requests) == asked
@@ -307,7 +307,7 @@ def test_a_remote_token_file_comes_with_its_index(memory: str, cache: Path) -> N
     assert changed.version != first.version, "the index is a part of it"
     assert [len(document.ids) // 4 for document in read_documents(changed, ready=ready)] == [3, 2]
     fsspec.filesystem("memory").rm(f"/{memory.rpartition('/')[2]}/d.ds.index")
-    remote.forget()
+    forget_servers()
     with pytest.raises(ValueError, match=r"has no .*index"):
         resolve_sources([f"{memory}/d.ds"])
 
@@ -328,16 +328,16 @@ def test_no_secret_is_written_anywhere(tmp_path: Path, server: Server, monkeypat
         for secret in ("pa55word", "s3cr3t"):
             assert secret not in f"{path}\n{path.read_text(errors='replace')}", path
     server.faults = ["403"]
-    remote.forget()
+    forget_servers()
     with pytest.raises(ValueError, match="may not be read") as caught:
         resolve_sources([url])
     server.faults = ["", *["drop"] * 99]
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "another"))
-    remote.forget()
+    forget_servers()
     with pytest.raises(ValueError, match="attempts in a row") as again:
         resolve_sources([url])
     server.server_close()
-    remote.forget()
+    forget_servers()
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "third"))
     with pytest.raises(ValueError, match="cannot be reached") as unreachable:
         resolve_sources([url])
@@ -413,7 +413,7 @@ def test_altered_or_foreign_shards_are_refused(tmp_path: Path, memory: str, shar
         prepare_data(config)
     assert not (config.directory / "data").exists()
     fsspec.filesystem("memory").rm(f"/{memory.rpartition('/')[2]}/shards/{name}")
-    remote.forget()
+    forget_servers()
     with pytest.raises(ValueError, match="names no file"):
         prepare_data(config)
     with pytest.raises(ArtifactError, match="holds no data"):
