@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+from tests.interrupted import PRELOADED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A process has one fork server, started by whichever test needs it first: let it hold what later ones fork."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -23,7 +23,7 @@ from typing import Any
 from scripts.faults.tiny import ENVIRONMENT, Ended, Run, record_rows
 
 STOPPED = 75
-_PRELOADED = ["scripts.faults.tiny", "tests.interrupted", "pretrain.cli", "pretrain.train", "torch", "transformers"]
+PRELOADED = ["scripts.faults.tiny", "tests.interrupted", "pretrain.cli", "pretrain.train", "torch", "transformers"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Trap:
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(PRELOADED)  # no effect where the server runs already, as under tests/conftest.py
     return context
 
 
