@@ -325,9 +325,10 @@ def main() -> None:
     stopped: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:  # a worker that was forked says nothing
-            _console().print(f"{signal.Signals(number).name}; run the same command again to go on")
         stopped.append(number)
+        if os.getpid() == owner:  # a worker that was forked says nothing
+            # Straight to the descriptor: the console's library may be half imported when the signal comes.
+            os.write(2, f"{signal.Signals(number).name}; run the same command again to go on\n".encode())
         raise SystemExit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
