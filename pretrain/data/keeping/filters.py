@@ -21,7 +21,8 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, get_origin, get_type_hints
 
 from datatrove.data import Document as PipelineDocument
@@ -71,16 +72,23 @@ def check_filters(steps: Sequence[FilterStep]) -> None:
     for number, step in enumerate(steps):
         key = f"data.filters[{number}] ({step.name})"
         judge = make_filter(step, key)
-        try:
+        with _explained(key, " cannot judge a document of plain text"):
             judge.filter(PipelineDocument(_PROBE, "probe"))
-        except ImportError as error:
-            raise ValueError(f"{key} needs a package that is not installed: {error}") from error
-        except OSError as error:
-            raise ValueError(
-                f"{key} needs a download that failed: {error}; check the connection, or fill the cache elsewhere"
-            ) from error
-        except _FAILURES as error:
-            raise ValueError(f"{key} cannot judge a document of plain text: {error}") from error
+
+
+@contextmanager
+def _explained(key: str, failure: str) -> Iterator[None]:
+    """What goes wrong in a filter's own code, as an error that names its key and the remedy."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{key} needs a package that is not installed: {error}") from error
+    except OSError as error:
+        raise ValueError(
+            f"{key} needs a download that failed: {error}; check the connection, or fill the cache elsewhere"
+        ) from error
+    except _FAILURES as error:
+        raise ValueError(f"{key}{failure}: {error}") from error
 
 
 def make_filter(step: FilterStep, key: str = "data.filters") -> BaseFilter:
@@ -98,16 +106,8 @@ def make_filter(step: FilterStep, key: str = "data.filters") -> BaseFilter:
         )
     kind = known[step.name]
     parameters = _checked(kind, step.parameters, key)
-    try:
+    with _explained(key, ".parameters"):
         return kind(**parameters)
-    except ImportError as error:
-        raise ValueError(f"{key} needs a package that is not installed: {error}") from error
-    except OSError as error:
-        raise ValueError(
-            f"{key} needs a download that failed: {error}; check the connection, or fill the cache elsewhere"
-        ) from error
-    except _FAILURES as error:
-        raise ValueError(f"{key}.parameters: {error}") from error
 
 
 def _checked(kind: type[BaseFilter], given: dict[str, Any], key: str) -> dict[str, Any]:
