@@ -75,7 +75,8 @@ def _rules() -> dict[str, Rule]:
         ("train", "precision max_grad_norm", "train", "allow", "it changes each later step"),
         # The same rows, targets and learning rate, other rounding (and, with dropout, other draws).
         ("train", "micro_batch attention compile gradient_checkpointing", None, "safe", "it changes rounding alone"),
-        ("train", "strategy stop_signals", None, "safe", "it steers the work, not what comes out"),
+        ("train", "strategy processes shard_size offload deepspeed", None, "safe", "it splits the same work otherwise"),
+        ("train", "ddp_timeout check_replicas stop_signals", None, "safe", "it steers the work, not what comes out"),
         ("train", "on_nonfinite spike_sigma spike_window on_spike", None, "safe", "it guards the steps to come"),
         ("checkpoint", "", None, "safe", "it says what is saved"),
         ("evaluate", "", None, "safe", "it says what is measured"),

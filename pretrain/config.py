@@ -197,7 +197,21 @@ class TrainConfig(Section):
     batch_tokens: Positive = Field(description="token positions an optimizer step, over all processes")
     micro_batch: Positive | Literal["auto"] = Field("auto", description="rows a forward pass a process")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    strategy: Literal["auto", "single"] = "auto"
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
+        "auto", description="how the work is split; auto: as the launcher says, else ddp for several processes"
+    )
+    processes: Positive | None = Field(None, description="processes, all nodes together; another number is refused")
+    shard_size: Positive | None = Field(
+        None, description="hybrid sharding (fsdp2): processes that hold one copy together; none: all of them"
+    )
+    offload: Literal["optimizer", "all"] | None = Field(
+        None, description="keep the optimizer's state (zero1-3), or parameters too (fsdp2, zero3), in main memory"
+    )
+    deepspeed: str | None = Field(None, description="zero1-3: a DeepSpeed JSON file with further settings")
+    ddp_timeout: Positive = Field(600, description="seconds that a process waits for the others before it gives up")
+    check_replicas: Positive | None = Field(
+        None, description="compare the weights of all copies every so many steps (single, ddp, zero1, zero2, hybrid)"
+    )
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     seed: int = Field(0, ge=0)
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -228,6 +242,11 @@ class CheckpointConfig(Section):
     on_error: Literal["keep-going", "stop"] = Field(
         "keep-going", description="when a checkpoint cannot be written (disk full, say); the last one must be"
     )
+    asynchronous: StrictBool = Field(True, description="write in the background; training waits for a copy alone")
+    to: str | None = Field(None, description="an fsspec store (s3://bucket/folder, say) that holds the checkpoints")
+    shard_above_bytes: Positive = Field(
+        2_000_000_000, description="a larger model is written by all processes, each its share, and gathered by none"
+    )
 
 
 class EvaluateConfig(Section):
@@ -243,6 +262,7 @@ class LogConfig(Section):
 
     to: tuple[Literal["console", "jsonl", "wandb", "trackio", "tensorboard"], ...] = ("console", "jsonl")
     every: Positive = Field(1, description="steps between two lines of metrics")
+    slow_ranks: Positive | None = Field(20, description="steps between two looks for processes that keep others waiting")
     project: str = "pretrain"
 
 
