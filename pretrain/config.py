@@ -200,7 +200,7 @@ class TrainConfig(Section):
     strategy: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
         "auto", description="how the work is split; auto: as the launcher says, else ddp for several processes"
     )
-    processes: Positive | None = Field(None, description="processes, all nodes together; another number is refused")
+    processes: Positive | None = Field(None, description="processes of the job; another number is refused")
     shard_size: Positive | None = Field(
         None, description="hybrid sharding (fsdp2): processes that hold one copy together; none: all of them"
     )
@@ -262,7 +262,7 @@ class LogConfig(Section):
 
     to: tuple[Literal["console", "jsonl", "wandb", "trackio", "tensorboard"], ...] = ("console", "jsonl")
     every: Positive = Field(1, description="steps between two lines of metrics")
-    slow_ranks: Positive | None = Field(20, description="steps between two looks for processes that keep others waiting")
+    slow_ranks: Positive | None = Field(20, description="steps between looks for processes that keep others waiting")
     project: str = "pretrain"
 
 

@@ -52,12 +52,20 @@ _TOKENIZER_FILES = (
 )
 
 
-def published_form(model: PreTrainedModel) -> tuple[Any, dict[str, Tensor]]:
+def published_form(
+    model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None
+) -> tuple[Any, dict[str, Tensor]]:
     """The stock configuration and state dict that hold this model; tied tensors stand once.
 
-    A model that is stock already is returned as it is.
+    A model that is stock already is returned as it is. `weights` are whole parameters by the model's names, where the
+    model itself holds parts of them alone.
     """
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    whole = weights or {}
+    state = {
+        name: whole.get(name, tensor)
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
     if isinstance(model.config, LoomConfig):
         return to_stock(model.config, state)
     return model.config, state
@@ -67,6 +75,7 @@ def write_model(
     model: PreTrainedModel,
     directory: Path,
     *,
+    weights: Mapping[str, Tensor] | None = None,
     tokenizer_directory: Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -76,6 +85,7 @@ def write_model(
     Args:
         model: ours or stock.
         directory: an existing, empty directory.
+        weights: whole parameters by the model's names; None takes them from the model.
         tokenizer_directory: its files are copied beside the weights.
         dtype: floating-point tensors are cast to this; None keeps them.
         max_shard_bytes: a larger model is split over several files with an index.
@@ -83,7 +93,7 @@ def write_model(
     Returns:
         SHA-256 of every file, of the memory that was written.
     """
-    stock_config, state = published_form(model)
+    stock_config, state = published_form(model, weights)
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     floating = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
@@ -296,12 +306,12 @@ class PublishedStore:
     def __init__(self, tokenizer_directory: Path | None = None) -> None:
         self.tokenizer_directory = tokenizer_directory
 
-    def write(self, model: PreTrainedModel, directory: Path) -> dict[str, str]:
+    def write(self, model: PreTrainedModel, weights: Mapping[str, Tensor], directory: Path) -> dict[str, str]:
         """Write the model directory in full precision."""
-        return write_model(model, directory, tokenizer_directory=self.tokenizer_directory)
+        return write_model(model, directory, weights=weights, tokenizer_directory=self.tokenizer_directory)
 
-    def read(self, model: PreTrainedModel, directory: Path) -> None:
-        """Load weights into a model of the same configuration, bit for bit."""
+    def read(self, model: PreTrainedModel, directory: Path) -> dict[str, Tensor]:
+        """The weights by the model's own names, tied ones once, as they are stored; buffers go into the model."""
         state = read_state(directory)
         wanted = next(parameter.dtype for parameter in model.parameters())
         for name, tensor in state.items():
@@ -312,4 +322,7 @@ class PublishedStore:
                 )
         if isinstance(model.config, LoomConfig):
             _, state = from_stock(AutoConfig.from_pretrained(directory), state)
-        load_state(model, state)
+        for name, buffer in model.named_buffers():
+            if name in state:
+                buffer.copy_(state.pop(name))
+        return state

@@ -1,7 +1,7 @@
-"""The machine under the run: device, precision, processes, seeds, memory, stop signals. Accelerate's door.
+"""The machine under the run: device, precision, seeds, memory, stop signals.
 
 What lives here: everything that asks what the hardware is or what the operating system wants. What must not: models,
-data, or the loop.
+data, processes, or the loop.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-
-from pretrain.config import TrainConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 EXIT_STOPPED = 75
 """Exit code of a run that a signal stopped after it was saved: run the same command again (sysexits' EX_TEMPFAIL)."""
 
-_MIXED: dict[str, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+MIXED: dict[str, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Our names of precisions -> Accelerate's."""
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -54,29 +51,9 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
         return "bf16" if has_fast_bf16(device) else "fp32"
     if requested == "fp16" and device.type != "cuda":
         raise ValueError(f"train.precision: fp16 needs a CUDA device, this one is {device.type}; use bf16 or fp32")
-    if requested not in _MIXED:
+    if requested not in MIXED:
         raise ValueError(f"train.precision: {requested} is unknown; use auto, fp32, bf16 or fp16")
     return requested  # type: ignore[return-value]
-
-
-def make_accelerator(train: TrainConfig) -> Accelerator:
-    """The Accelerate object of a run, in the precision and strategy of the configuration.
-
-    Raises:
-        ValueError: when several processes were launched and `train.strategy` asks for one.
-    """
-    use_cpu = not torch.cuda.is_available()
-    device = torch.device("cpu" if use_cpu else "cuda")
-    precision = resolve_precision(train.precision, device)
-    # Accelerate keeps one state a process and refuses a second precision; a program may train two models in turn.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision=_MIXED[precision])
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"train.strategy: {train.strategy} runs on one process, but {accelerator.num_processes} were launched; "
-            "start it with `pretrain train` alone"
-        )
-    return accelerator
 
 
 def keep_freed_memory() -> bool:

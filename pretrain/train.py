@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,22 @@ from pretrain.config import RunConfig
 from pretrain.data.loader import DataPlane
 from pretrain.data.validation import ValidationData
 from pretrain.data.verification import verify_run
-from pretrain.evaluation.likelihood import evaluate_batches
+from pretrain.evaluation.likelihood import evaluate_batches, share_of_batches
 from pretrain.files import lock_directory, read_manifest, update_file
 from pretrain.interop import stock_config
 from pretrain.model_dir import PublishedStore, read_loom
-from pretrain.models import LoomPreTrainedModel, flops_per_token, loom_config, model_from_config, pick_backend
+from pretrain.models import (
+    LoomPreTrainedModel,
+    flops_per_token,
+    loom_config,
+    model_from_config,
+    pick_backend,
+    wants_dropout_keys,
+)
 from pretrain.plugins import import_path
-from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, make_accelerator, resolve_precision, set_seed
+from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, resolve_precision, set_seed
 from pretrain.training import checkpoint
+from pretrain.training.engines.job import Job, open_job
 from pretrain.training.optim import build_optimizer as _build_optimizer
 from pretrain.training.progress import Result
 from pretrain.training.saving import SAVED_MARK
@@ -151,13 +160,13 @@ def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
         rows = data.batches(max_tokens=config.evaluate.max_tokens)
 
         def batches() -> Iterator[Mapping[str, Any]]:
-            for batch in rows:
+            for arrays in share_of_batches((batch.arrays for batch in rows), context.ranks):
                 if context.stopping():
                     raise EvaluationStopped
-                yield batch.arrays
+                yield arrays
 
         num_bytes = rows.num_bytes if config.objective.kind != "mlm" else None
-        return evaluate_batches(model, batches(), device=context.device, num_bytes=num_bytes)
+        return evaluate_batches(model, batches(), device=context.device, num_bytes=num_bytes, ranks=context.ranks)
 
     return evaluator
 
@@ -175,15 +184,17 @@ def build_trainer(
     *,
     evaluators: Mapping[str, Evaluator] | None = None,
     console: Console | None = None,
+    job: Job | None = None,
 ) -> Trainer:
     """A trainer for the run; parts that are not given are built from the configuration."""
     keep_freed_memory()
-    accelerator = make_accelerator(config.train)
+    job = job or open_job(config)
     model = model if model is not None else build_model(config, console=console)
     data = data if data is not None else build_data(config)
+    data.dropout_keys = wants_dropout_keys(model.config)
     optimizer = optimizer if optimizer is not None else build_optimizer(config, model)
     if config.train.attention == "auto":
-        backend, reason = pick_backend(model.config, accelerator.device)
+        backend, reason = pick_backend(model.config, job.device)
         model.set_attn_implementation(backend)
         if console is not None:
             console.print(f"attention: {backend} ({reason})", highlight=False)
@@ -198,7 +209,7 @@ def build_trainer(
         flops_per_token=flops_per_token(model.config, config.data.sequence_length, target_share(config)),
         inputs=inputs_of(config),
         console=console,
-        accelerator=accelerator,
+        job=job,
     )
 
 
@@ -229,22 +240,34 @@ def train(
     directory = config.directory / "train"
     if resume not in ("auto", "never"):
         raise ValueError(f"--resume {resume}: give auto or never")
-    if resume == "never" and checkpoint.list_checkpoints(directory):
-        raise ValueError(f"--resume never, but `{directory}` holds checkpoints; give another name=, or --resume auto")
     check(config)
     check_allowed(allow_changes)
-    inputs_of(config)  # a run without tokenizer or data is refused before its directory is made
-    verify_run(config, console)
-    with lock_directory(config.directory):
-        old = trained_with(config)
-        if old is not None:  # before a model of another shape is built; the trainer looks at what it really takes up
-            changes_at_resume(old, config, allow_changes)
-        elif (directory / "config.yaml").is_file() and not (directory / SAVED_MARK).exists():
-            console.print(
-                f"an earlier start in {directory} ended before it saved anything: starting at step 0", highlight=False
-            )
-        trainer = build_trainer(config, console=console)
-        return report(trainer.train(allow_changes=allow_changes), directory, console)
+    job = open_job(config)
+    with ExitStack() as owned:
+
+        def look() -> None:
+            """What one process of a job does for all of them."""
+            if resume == "never" and checkpoint.list_checkpoints(directory):
+                raise ValueError(
+                    f"--resume never, but `{directory}` holds checkpoints; give another name=, or --resume auto"
+                )
+            inputs_of(config)  # a run without tokenizer or data is refused before its directory is made
+            verify_run(config, console)
+            owned.enter_context(lock_directory(config.directory))
+            old = trained_with(config)
+            if old is not None:  # before a model of another shape is built; the trainer looks at what it really takes
+                changes_at_resume(old, config, allow_changes)
+            elif (directory / "config.yaml").is_file() and not (directory / SAVED_MARK).exists():
+                console.print(
+                    f"an earlier start in {directory} ended before it saved anything: starting at step 0",
+                    highlight=False,
+                )
+
+        job.ranks.on_main(look)
+        trainer = build_trainer(config, console=console, job=job)
+        result = trainer.train(allow_changes=allow_changes)
+        code: int = job.ranks.on_main(lambda: report(result, directory, console))
+        return code
 
 
 def report(result: Result, directory: Path, console: Console) -> int:

@@ -68,11 +68,11 @@ def measure(name: str, micro_batch: int, rows: int, *, compiled: bool, steps: in
     return {
         "run": name,
         "compiled": compiled,
-        "parameters": sum(parameter.numel() for parameter in trainer.unwrapped.parameters()),
+        "parameters": sum(parameter.numel() for parameter in trainer.engine.bare.parameters()),
         "sequence_length": length,
         "micro_batch": micro_batch,
         "batch_tokens": rows * length,
-        "attention": trainer.unwrapped.config._attn_implementation,
+        "attention": trainer.engine.bare.config._attn_implementation,
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in settled),
         "mfu": statistics.median(line.get("mfu", float("nan")) for line in settled),
         "data_wait": statistics.median(line["data_wait"] for line in settled),

@@ -135,6 +135,7 @@ def _set(trap: Trap, fired: Path) -> None:
     """Replace what stands at the trap's place by the same with a signal before it (or in the middle of it)."""
     import pretrain.train as verb
     from pretrain.model_dir import PublishedStore
+    from pretrain.training.feed import MicroBatch
     from pretrain.training.trainer import Trainer
 
     def signal_itself() -> None:
@@ -179,7 +180,7 @@ def _set(trap: Trap, fired: Path) -> None:
         verb.evaluate_batches = counted(verb.evaluate_batches)
     else:
         owner, name, after = {
-            "micro": (Trainer, "_to_device", False),
+            "micro": (MicroBatch, "tensors", False),
             "save": (PublishedStore, "write", True),
             "build": (verb, "build_model", False),
             "measure": (Trainer, "measure_step", False),

@@ -20,7 +20,7 @@ from pretrain.config import load_config
 from pretrain.data.loader import DataPlane
 from pretrain.files import ArtifactError
 from pretrain.train import build_trainer
-from pretrain.training.checkpoint import capture_rng, save_checkpoint
+from pretrain.training.checkpoint import capture_rng, optimizer_state_by_name, save_checkpoint
 from scripts.faults import tiny
 from tests.interrupted import STOPPED, Trap, finish, train
 
@@ -173,9 +173,8 @@ def test_a_missing_random_generator_is_an_error(whole: tiny.Run, tmp_path: Path,
             run.directory / "train",
             step=step,
             run_id=state["run_id"],
-            write_model=lambda directory: trainer.saver.store.write(trainer.unwrapped, directory),
-            model=trainer.unwrapped,
-            optimizer=trainer.bare_optimizer,
+            write_model=lambda directory: trainer.saver.store.write(trainer.engine.bare, {}, directory),
+            optimizer=optimizer_state_by_name(trainer.engine.bare, trainer.engine.optimizer),
             state=state["state"] | {"progress": progress | {"step": step, "scored_at": None}},
             rngs=[rng],
             inputs=state["inputs"],

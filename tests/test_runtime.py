@@ -8,8 +8,7 @@ import signal
 import pytest
 import torch
 
-from pretrain.config import TrainConfig
-from pretrain.runtime import StopSignals, has_fast_bf16, make_accelerator, resolve_precision
+from pretrain.runtime import StopSignals, has_fast_bf16, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -22,12 +21,6 @@ def test_auto_precision_is_bf16_where_it_is_native() -> None:
 def test_fp16_needs_cuda() -> None:
     with pytest.raises(ValueError, match=r"train.precision: fp16 needs a CUDA device.*use bf16 or fp32"):
         resolve_precision("fp16", CPU)
-
-
-def test_two_precisions_in_one_process() -> None:
-    for precision, mixed in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
-        made = make_accelerator(TrainConfig(steps=1, batch_tokens=8, precision=precision))  # type: ignore[arg-type]
-        assert made.mixed_precision == mixed
 
 
 def test_signals_become_a_flag_and_handlers_are_put_back() -> None:

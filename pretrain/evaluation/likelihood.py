@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from pretrain.evaluation.text import (
     prefix_id,
     take_texts,
 )
+from pretrain.ranks import Ranks
 
 _MIN_SENTENCE_CHARACTERS = 20
 _MAX_SENTENCE_TOKENS = 126
@@ -47,6 +49,7 @@ def evaluate_batches(
     device: torch.device | str,
     autocast: torch.dtype | None = None,
     num_bytes: int | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Score prepared batches with a live model; its training mode and its gradients stay as they are.
 
@@ -58,6 +61,7 @@ def evaluate_batches(
         device: where the model is.
         autocast: bf16 or fp16 for the arithmetic, None for the weights' own.
         num_bytes: UTF-8 bytes of the text that the targets cover; default: what `batches.num_bytes` says, if it does.
+        ranks: processes that score a share of the batches each (`share_of_batches`); all of them get the same scores.
 
     Returns:
         `loss` (nats a target), `num_targets`; for masked batches `accuracy`; for causal ones `bits_per_byte`, where
@@ -68,7 +72,7 @@ def evaluate_batches(
     """
     place = torch.device(device)
     num_bytes = num_bytes if num_bytes is not None else getattr(batches, "num_bytes", None)
-    total, hits, count, masked = 0.0, 0, 0, False
+    total, hits, count, masked = 0.0, 0.0, 0.0, False
     with Passes(place, autocast).of(model):
         for batch in batches:
             arrays: Mapping[str, np.ndarray | Tensor | None] = getattr(batch, "arrays", batch)
@@ -86,14 +90,27 @@ def evaluate_batches(
                 total += float(losses.double().sum())
                 hits += int(right.sum())
             count += number
+    total, hits, count = (ranks or Ranks.alone()).sum([total, hits, count])
     if not count:
         raise ValueError("there is nothing to score: no batch has a target; give more validation text")
-    scores: dict[str, float] = {"loss": total / count, "num_targets": count}
+    scores: dict[str, float] = {"loss": total / count, "num_targets": int(count)}
     if masked:
         scores["accuracy"] = hits / count
     elif num_bytes:
         scores["bits_per_byte"] = total / math.log(2) / num_bytes
     return scores
+
+
+def share_of_batches(batches: Iterable[Mapping[str, np.ndarray]], ranks: Ranks) -> Iterator[Mapping[str, np.ndarray]]:
+    """The batches of one process: every W-th of them, in order.
+
+    Sharded engines meet in each forward pass, so all processes get equally many: where the last round has fewer
+    batches than processes, the rest get one without targets.
+    """
+    coming = iter(batches)
+    while turn := list(islice(coming, ranks.world)):
+        idle = {name: np.full_like(a, IGNORE) if "labels" in name else a for name, a in turn[0].items()}
+        yield turn[ranks.rank] if ranks.rank < len(turn) else idle
 
 
 def _is_packable(model: nn.Module) -> bool:

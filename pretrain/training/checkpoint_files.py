@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain import __version__
 from pretrain.files import (
@@ -30,7 +29,7 @@ from pretrain.files import (
     write_manifest,
     write_safetensors,
 )
-from pretrain.training.state import OptimizerState, capture_rng, optimizer_state_by_name, tensor_bytes
+from pretrain.training.state import OptimizerState, capture_rng, tensor_bytes
 
 KIND = "checkpoint"
 TRAINER = "trainer.json"
@@ -82,8 +81,7 @@ def save_checkpoint(
     step: int,
     run_id: str,
     write_model: WriteModel,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: OptimizerState,
     state: Mapping[str, Any],
     rngs: Sequence[Mapping[str, Any]] | None = None,
     inputs: Mapping[str, str] | None = None,
@@ -95,8 +93,7 @@ def save_checkpoint(
         step: optimizer steps done.
         run_id: stays the same over all resumes of a run.
         write_model: writes the published model.
-        model: gives the parameters' names.
-        optimizer: its state is saved by these names.
+        optimizer: its state by the parameters' names.
         state: plain data (JSON): progress, data, metrics; its `config` also goes into the manifest.
         rngs: random-generator states of all ranks; this process's own when left out.
         inputs: digests of what the run was made from.
@@ -119,7 +116,7 @@ def save_checkpoint(
         (temporary / "model").mkdir()
         files = {f"model/{name}": digest for name, digest in write_model(temporary / "model").items()}
         _refuse_unlisted(temporary, files)
-        files |= _write_optimizer(temporary, optimizer_state_by_name(model, optimizer))
+        files |= _write_optimizer(temporary, optimizer)
         files["trainer.json"] = write_json(temporary / "trainer.json", trainer)
         write_manifest(
             temporary,

@@ -22,17 +22,20 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from accelerate import Accelerator
 from rich.console import Console
-from torch import nn
+from torch import Tensor
 
 from pretrain.config import RunConfig, config_to_dict, dump_config
 from pretrain.files import ArtifactError, bytes_in, make_directories, replace_file, update_file
+from pretrain.runtime import set_seed
 from pretrain.training import checkpoint
+from pretrain.training.engines import Engine
+from pretrain.training.engines.job import Job
+from pretrain.training.feed import Data
 from pretrain.training.optim import state_keys
 from pretrain.training.progress import Progress
 from pretrain.training.resuming import take_up
+from pretrain.training.state import OptimizerState, whole_state
 
 PATIENCE_SECONDS = 30.0
 """How long the last save is tried again: shorter than what a scheduler waits between SIGTERM and SIGKILL."""
@@ -51,28 +54,11 @@ SAVED_MARK = "run.json"
 class ModelStore(Protocol):
     """Writes and reads the model in its published form."""
 
-    def write(self, model: Any, directory: Path) -> dict[str, str]:
-        """Write the model directory; return its files' SHA-256."""
+    def write(self, model: Any, weights: Mapping[str, Tensor], directory: Path) -> dict[str, str]:
+        """Write the directory of `model` with these whole weights by its own names; return its files' SHA-256."""
 
-    def read(self, model: Any, directory: Path) -> None:
-        """Load the weights of a model directory into `model`, bit for bit."""
-
-
-class SavedData(Protocol):
-    """What a checkpoint needs of a data plane."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows an epoch."""
-
-    def for_run(self, total_steps: int) -> Sequence[str]:
-        """Fix what depends on the length of the run."""
-
-    def state(self, samples_seen: int) -> dict[str, Any]:
-        """What a checkpoint must hold of the data, as plain data."""
-
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise ValueError with the difference when `state` was made by other data."""
+    def read(self, model: Any, directory: Path) -> dict[str, Tensor]:
+        """The weights of a model directory by the names of `model`, in the precision that is stored."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +68,20 @@ class Saver:
     Attributes:
         config: the run configuration.
         directory: where checkpoints go (`<run>/train`).
-        model: not wrapped.
-        optimizer: not wrapped.
+        engine: holds the weights and the optimizer's state.
         data: the data plane.
         store: writes and reads the model.
-        accelerator: holds the loss scaler.
+        job: the processes of the run.
         console: where one line says what was found or what failed.
         inputs: digests of what is trained on; every checkpoint holds them.
     """
 
     config: RunConfig
     directory: Path
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    data: SavedData
+    engine: Engine
+    data: Data
     store: ModelStore
-    accelerator: Accelerator
+    job: Job
     console: Console
     inputs: Mapping[str, str] = field(default_factory=dict)
 
@@ -117,10 +101,25 @@ class Saver:
         Raises:
             NotSavedError: when the last one could not be written, or any with `checkpoint.on_error: stop`.
         """
+        whole = self._gather()
+        rngs = self.job.ranks.gather(checkpoint.capture_rng())
+        path = self.job.ranks.on_main(lambda: _name(self._try(progress, loss, last, whole, rngs)))
+        progress.best = self.job.ranks.broadcast(progress.best)
+        return None if path is None else Path(path)
+
+    def _try(
+        self,
+        progress: Progress,
+        loss: float | None,
+        last: bool,
+        whole: tuple[dict[str, Tensor], OptimizerState],
+        rngs: Sequence[Mapping[str, Any]],
+    ) -> Path | None:
+        """Save as often as it takes."""
         deadline = None
         while True:
             try:
-                return self._save(progress, loss)
+                return self._save(progress, loss, whole, rngs)
             except OSError as error:
                 message = self._not_saved(progress, error)
             if not last and self.config.checkpoint.on_error == "keep-going":
@@ -136,7 +135,24 @@ class Saver:
                 raise NotSavedError(f"{message} {self._lost(progress)}")
             time.sleep(min(_SECONDS_BETWEEN_TRIES, PATIENCE_SECONDS))
 
-    def _save(self, progress: Progress, loss: float | None) -> Path:
+    def _gather(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        """Weights and optimizer state, whole. All ranks call it together."""
+        weights: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
+        for name in self.engine.names():
+            parameter, state = self.engine.parameter(name), self.engine.state(name)
+            if self.job.ranks.main:
+                weights[name] = parameter
+                tensors |= {f"{name}/{key}": value for key, value in state.items()}
+        return weights, whole_state(self.engine.groups(), tensors)
+
+    def _save(
+        self,
+        progress: Progress,
+        loss: float | None,
+        whole: tuple[dict[str, Tensor], OptimizerState],
+        rngs: Sequence[Mapping[str, Any]],
+    ) -> Path:
         """One try.
 
         Raises:
@@ -154,21 +170,21 @@ class Saver:
         if is_best:
             assert loss is not None
             progress.best = {"step": progress.step, "loss": loss}
-        scaler = self.accelerator.scaler
+        weights, optimizer = whole
         try:
             path = checkpoint.save_checkpoint(
                 self.directory,
                 step=progress.step,
                 run_id=progress.run_id,
-                write_model=lambda directory: self.store.write(self.model, directory),
-                model=self.model,
-                optimizer=self.optimizer,
+                write_model=lambda directory: self.store.write(self.engine.bare, weights, directory),
+                optimizer=optimizer,
+                rngs=rngs,
                 inputs=self.inputs,
                 state={
                     "progress": asdict(progress),
                     "data": self.data.state(progress.samples),
                     "config": config_to_dict(self.config),
-                    "scaler": scaler.state_dict() if scaler else None,
+                    "scaler": self.engine.scaler_state(),
                 },
             )
         except OSError:
@@ -221,14 +237,14 @@ class Saver:
 
     def checkpoint_bytes(self) -> int:
         """At most what one checkpoint takes on the disk."""
-        weights = {parameter: parameter.nbytes for parameter in self.model.parameters()}
+        weights = {name: shape.nbytes for name, shape in self.engine.shapes().items()}
         state = 0
         tensors = len(weights)
-        for group in self.optimizer.param_groups:
+        for group in self.engine.groups():
             keys = len(state_keys(group)) - 1  # all but the step, a number
-            state += keys * sum(weights[parameter] for parameter in group["params"])
-            tensors += (keys + 1) * len(group["params"])
-        buffers = sum(buffer.nbytes for buffer in self.model.buffers())
+            state += keys * sum(weights[name] for name in group["parameters"])
+            tensors += (keys + 1) * len(group["parameters"])
+        buffers = sum(buffer.nbytes for buffer in self.engine.bare.buffers())
         tokenizer = bytes_in(self.config.directory / "tokenizer")
         # Names and shapes, the random generators and the configuration as JSON, and half-filled blocks of the disk.
         slack = 400 * tensors + 192 * 1024 + (sum(weights.values()) + state) // 100
@@ -263,8 +279,7 @@ class Saver:
     @property
     def arithmetic(self) -> str:
         """Precision and device, as they were resolved: another one is not exact."""
-        precision = self.accelerator.mixed_precision
-        return f"{'fp32' if precision == 'no' else precision} on {self.accelerator.device.type}"
+        return f"{self.job.precision} on {self.job.device.type}"
 
     def write_copies(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write `config.yaml`, the configuration as it is resolved, and `changes.json`, what was changed on the way."""
@@ -285,14 +300,21 @@ class Saver:
             ArtifactError: when what is there cannot be used.
             ValueError: when the data is not what the checkpoint saw.
         """
+        found = self.job.ranks.on_main(self._find)
+        return None if found is None else self._take_up(Path(found), allow_changes)
+
+    def _find(self) -> str | None:
+        """The newest whole checkpoint; None when nothing was ever saved."""
         found = checkpoint.find_resumable(self.directory, report=self._say)
         if found is None and (self.directory / SAVED_MARK).exists():
             raise ArtifactError(
                 f"`{self.directory}` had checkpoints, and there is none now; put them back, give another name=, or "
                 f"start anew with `pretrain run --fresh` (or by removing `{self.directory}`)"
             )
-        if found is None:
-            return None
+        return _name(found)
+
+    def _take_up(self, found: Path, allow_changes: Collection[str]) -> Progress:
+        """Go on from a checkpoint whose digests were compared."""
         loaded = checkpoint.load_checkpoint(found, verify=False)  # its digests were just compared
         saved = loaded.state["progress"]
         if unknown := sorted(set(saved) - {known.name for known in fields(Progress)}):
@@ -307,27 +329,32 @@ class Saver:
             rates=self._rates(loaded.optimizer.groups),
             arithmetic=self.arithmetic,
             allow=allow_changes,
+            attention_dropout=getattr(getattr(self.engine.bare, "config", None), "attention_dropout", None),
+            processes=(len(loaded.rngs), self.job.ranks.world),
         )
         told = self.data.for_run(progress.total_steps)
         self.data.check(loaded.state["data"])
         notes = [*notes, *(told if progress.total_steps != budget_before else ())]
-        self.store.read(self.model, found / "model")
-        checkpoint.load_optimizer_state_by_name(self.model, self.optimizer, loaded.optimizer)
-        checkpoint.restore_rng(loaded.rng)
-        if self.accelerator.scaler and loaded.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(loaded.state["scaler"])
+        self.engine.load(self.store.read(self.engine.bare, found / "model"), loaded.optimizer)
+        ranks = self.job.ranks
+        if len(loaded.rngs) == ranks.world or ranks.main:
+            checkpoint.restore_rng(loaded.rngs[ranks.rank])
+        else:  # another number of processes: what is drawn without a key starts anew
+            set_seed(self.config.train.seed + ranks.rank + progress.step * ranks.world)
+        self.engine.load_scaler_state(loaded.state["scaler"])
         what = "finished already: nothing is trained after" if progress.finished else "going on from"
         for note in (*notes, f"{what} step {progress.step:,} of {progress.total_steps:,} ({found})"):
             self._say(note)
         if not progress.finished:
-            self.write_copies(progress.changes)
-        self._repair_pointers(progress)
+            ranks.on_main(lambda: self.write_copies(progress.changes))
+        if ranks.main:
+            self._repair_pointers(progress)
         return progress
 
     def _rates(self, saved: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
         """Peak learning rates by optimizer group: (the checkpoint's, the one wanted now)."""
         before = {str(group.get("name")): float(group["initial_lr"]) for group in saved}
-        now = {str(group.get("name")): float(group["initial_lr"]) for group in self.optimizer.param_groups}
+        now = {str(group.get("name")): float(group["initial_lr"]) for group in self.engine.groups()}
         return {name: (before[name], rate) for name, rate in now.items() if name in before}
 
     def _repair_pointers(self, progress: Progress) -> None:
@@ -348,6 +375,11 @@ class Saver:
             if pointed != path and path.is_dir():
                 with suppress(OSError, ArtifactError):  # on a full disk; the next save tries again
                     checkpoint.point(self.directory, name, step)
+
+
+def _name(path: Path | None) -> str | None:
+    """A path as plain data."""
+    return None if path is None else str(path)
 
 
 def _free_bytes(directory: Path) -> int:

@@ -10,7 +10,7 @@ engines, so any of them can read what another one wrote.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,20 @@ class OptimizerState:
     stateless: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a parameter without touching it: its whole shape, its dtype, and whether it is trained."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     """Every parameter's name, a tied one once, without what wrappers (DDP, torch.compile) add to it."""
     names: dict[Tensor, str] = {}
@@ -84,22 +98,34 @@ def optimizer_state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) 
         ValueError: when the optimizer holds a parameter that is not the model's.
     """
     names = parameter_names(model)
-    tensors: dict[str, Tensor] = {}
-    groups: list[dict[str, Any]] = []
-    stateless: list[str] = []
-    for group in optimizer.param_groups:
-        members = _member_names(group, names)
+    tensors = {
+        f"{names[parameter]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    return whole_state(group_records(optimizer.param_groups, names), tensors)
+
+
+def whole_state(groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> OptimizerState:
+    """Groups as `group_records` gives them, and tensors by `<parameter>/<key>`."""
+    known = {name.rpartition("/")[0] for name in tensors}
+    stateless = (name for group in groups for name in group["parameters"] if name not in known)
+    return OptimizerState(dict(sorted(tensors.items())), groups, tuple(sorted(stateless)))
+
+
+def group_records(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
+    """An optimizer's groups as plain data: hyper-parameters, and `parameters`, the names of the members in order.
+
+    Raises:
+        ValueError: when a group holds a parameter without a name.
+    """
+    records: list[dict[str, Any]] = []
+    for group in param_groups:
         # The schedule makes the learning rate of each step anew: the one of the last step is no state.
         left_out = ("params", "lr") if "initial_lr" in group else ("params",)
         plain = {key: _plain(value) for key, value in sorted(group.items()) if key not in left_out}
-        groups.append({**plain, "parameters": members})
-        for name, parameter in zip(members, group["params"], strict=True):
-            state = optimizer.state.get(parameter, {})
-            if not state:
-                stateless.append(name)
-            for key in sorted(state):
-                tensors[f"{name}/{key}"] = state[key]
-    return OptimizerState(dict(sorted(tensors.items())), groups, tuple(sorted(stateless)))
+        records.append({**plain, "parameters": _member_names(group, names)})
+    return records
 
 
 def load_optimizer_state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
@@ -112,12 +138,44 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: torch.optim.Optimi
             or dtype; names the first of them.
     """
     names = parameter_names(model)
+    shapes = {name: Shape(tuple(p.shape), p.dtype, p.requires_grad) for p, name in names.items()}
+    wanted = fitting_state(group_records(optimizer.param_groups, names), shapes, state)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            put_state(optimizer, group, parameter, wanted[names[parameter]])
+
+
+def put_state(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give a parameter of `group` this state, copied and laid out as a live optimizer makes it."""
+    step_on_device = group.get("fused") or group.get("capturable")
+    optimizer.state.pop(parameter, None)
+    for key, tensor in tensors.items():
+        device = parameter.device if key != "step" or step_on_device else torch.device("cpu")
+        optimizer.state[parameter][key] = own_copy(tensor, parameter, device)
+
+
+def fitting_state(
+    groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, Shape], state: OptimizerState
+) -> dict[str, dict[str, Tensor]]:
+    """The saved tensors of each parameter by key, checked; empty for a parameter that was never updated.
+
+    Args:
+        groups: of the live optimizer, as `group_records` gives them.
+        shapes: of the live parameters, by name.
+        state: what was saved.
+
+    Raises:
+        ArtifactError: when a parameter moved to another group, or a tensor is missing, left over, or of another shape
+            or dtype; names the first of them.
+    """
     saved_groups = {name: group.get("name") for group in state.groups for name in group["parameters"]}
     stateless = set(state.stateless)
-    wanted: dict[Tensor, dict[str, Tensor]] = {}
+    wanted: dict[str, dict[str, Tensor]] = {}
     left_over = set(state.tensors)
-    for group in optimizer.param_groups:
-        for name, parameter in zip(_member_names(group, names), group["params"], strict=True):
+    for group in groups:
+        for name in group["parameters"]:
             if name not in saved_groups:
                 raise ArtifactError(f"the saved optimizer state has no parameter `{name}`; it is another model's")
             if saved_groups[name] != group.get("name"):
@@ -125,23 +183,14 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: torch.optim.Optimi
                     f"`{name}` was saved in optimizer group {saved_groups[name]} and is now in {group.get('name')}; "
                     "resume with the optimizer and model that the run was started with"
                 )
-            if name in stateless:
-                wanted[parameter] = {}
-                continue
-            keys = state_keys(group)
+            keys = () if name in stateless else state_keys(dict(group))
             left_over -= {f"{name}/{key}" for key in keys}
-            wanted[parameter] = {key: _fitting(state.tensors, f"{name}/{key}", parameter) for key in keys}
-    if unknown := sorted(set(saved_groups) - set(names.values())):
+            wanted[name] = {key: _fitting(state.tensors, f"{name}/{key}", shapes[name]) for key in keys}
+    if unknown := sorted(set(saved_groups) - set(shapes)):
         raise ArtifactError(f"the saved optimizer state holds `{unknown[0]}`, which the model does not have")
     if left_over:
         raise ArtifactError(f"the saved optimizer state holds `{min(left_over)}`, which this optimizer does not use")
-    for group in optimizer.param_groups:
-        step_on_device = group.get("fused") or group.get("capturable")
-        for parameter in group["params"]:
-            optimizer.state.pop(parameter, None)
-            for key, tensor in wanted[parameter].items():
-                device = parameter.device if key != "step" or step_on_device else torch.device("cpu")
-                optimizer.state[parameter][key] = _own_copy(tensor, parameter, device)
+    return wanted
 
 
 def _member_names(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list[str]:
@@ -151,21 +200,21 @@ def _member_names(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> list
     return [names[parameter] for parameter in group["params"]]
 
 
-def _fitting(tensors: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+def _fitting(tensors: Mapping[str, Tensor], name: str, parameter: Shape) -> Tensor:
     if name not in tensors:
         raise ArtifactError(f"the saved optimizer state lacks `{name}`; it is incomplete, or another optimizer's")
     tensor = tensors[name]
     shape, dtype = parameter.shape, parameter.dtype
     if name.endswith("/step"):
-        shape, dtype = torch.Size(), torch.float32
-    if tensor.shape != shape or tensor.dtype != dtype:
+        shape, dtype = (), torch.float32
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise ArtifactError(
-            f"the saved `{name}` is {tensor.dtype} {tuple(tensor.shape)}, the optimizer needs {dtype} {tuple(shape)}"
+            f"the saved `{name}` is {tensor.dtype} {tuple(tensor.shape)}, the optimizer needs {dtype} {shape}"
         )
     return tensor
 
 
-def _own_copy(tensor: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+def own_copy(tensor: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
     """A copy laid out as the parameter is, as a live optimizer makes its state: the kernels want equal strides."""
     like = parameter if tensor.shape == parameter.shape else tensor
     return torch.empty_like(like, dtype=tensor.dtype, device=device, requires_grad=False).copy_(tensor)

@@ -10,28 +10,28 @@ steps), and a checkpoint holds everything else, so an interrupted run goes on bi
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
 from pretrain.config import RunConfig, config_to_dict
 from pretrain.config_types import amount_in_steps
 from pretrain.files import replace_file
-from pretrain.runtime import StopSignals, make_accelerator, peak_memory_bytes, set_seed
+from pretrain.heartbeat import Heartbeat
+from pretrain.ranks import Ranks
+from pretrain.runtime import StopSignals, peak_memory_bytes, set_seed
 from pretrain.training import checkpoint
+from pretrain.training.engines import make_engine
+from pretrain.training.engines.job import Job, open_job
+from pretrain.training.feed import Data, Feed, MicroBatch, largest_share
 from pretrain.training.flops import peak_flops
 from pretrain.training.guard import Guard, Verdict, error, message
 from pretrain.training.metrics import JsonLines, Metrics, open_metrics
@@ -48,33 +48,31 @@ class EvaluationStopped(Exception):  # noqa: N818 (it is no error)
     """An evaluator saw `context.stopping()`: its scores are not wanted now, the run makes them when it goes on."""
 
 
-class Batch(Protocol):
-    """Rows of tokens, as a data plane makes them: numpy arrays by Hugging Face's names, each (rows, length)."""
+class AgreedStop:
+    """A stop that all processes of a job take at the same step, whichever of them got the signal."""
 
-    arrays: Mapping[str, np.ndarray]
-    num_targets: int
-    num_tokens: int
-    row_ids: np.ndarray
-
-
-class Data(Protocol):
-    """A data plane: the batch at a step is a pure function of (data, seed, step)."""
+    def __init__(self, signals: StopSignals, ranks: Ranks) -> None:
+        self._signals = signals
+        self._ranks = ranks
+        self.received: str | None = None
 
     @property
-    def num_rows(self) -> int:
-        """Rows an epoch."""
+    def requested(self) -> bool:
+        """Whether they have agreed to stop; one process needs to ask nobody."""
+        return self.received is not None or (self._ranks.world == 1 and self.look())
 
-    def batch(self, step: int, rows: slice | None = None) -> Any:
-        """The global batch of `step`, or the given rows of it."""
+    def agree(self, value: float = 0.0) -> float:
+        """Look together whether any of them was asked to stop; returns the sum of their `value`s on the way."""
+        total, asked = self._ranks.sum([value, float(self._signals.requested)])
+        if asked and self.received is None:
+            names = [name for name in self._ranks.gather(self._signals.received) if name is not None]
+            self.received = names[0]
+        return total
 
-    def for_run(self, total_steps: int) -> Sequence[str]:
-        """Fix what depends on the length of the run; return what a person should know, a line each."""
-
-    def state(self, samples_seen: int) -> dict[str, Any]:
-        """What a checkpoint must hold of the data, as plain data."""
-
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise ValueError with the difference when `state` was made by other data."""
+    def look(self) -> bool:
+        """`agree` for whoever has nothing to add up."""
+        self.agree()
+        return self.received is not None
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,10 @@ class EvaluationContext:
     config: RunConfig
     directory: Path
     stopping: Callable[[], bool] = lambda: False
-    """Whether the run was asked to stop; a long evaluator looks now and then, and raises `EvaluationStopped`."""
+    """Whether the run was asked to stop; a long evaluator looks now and then, and raises `EvaluationStopped`. The
+    processes of a job agree on it, so each of them must look equally often."""
+    ranks: Ranks = field(default_factory=Ranks.alone)
+    """The processes of the job. All of them run every evaluator, and the scores of the first one count."""
 
 
 Evaluator = Callable[[nn.Module, EvaluationContext], Mapping[str, float]]
@@ -109,6 +110,7 @@ class Trainer:
         flops_per_token: model FLOPs of a token, forward and backward, for MFU.
         inputs: digests of what is trained on; every checkpoint holds them.
         console: where progress is shown.
+        job: the processes of the run and what they run on; opened when left out.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class Trainer:
         flops_per_token: float | None = None,
         inputs: Mapping[str, str] | None = None,
         console: Console | None = None,
-        accelerator: Accelerator | None = None,
+        job: Job | None = None,
     ) -> None:
         self.config = config
         self.directory = directory or config.directory / "train"
@@ -134,18 +136,18 @@ class Trainer:
         self.judges = list(judges) if judges is not None else list(self.evaluators)[:1]
         self.data = data
         self.flops_per_token = flops_per_token
-        self.accelerator = accelerator or make_accelerator(config.train)
-        self.device: torch.device = self.accelerator.device
+        self.job = job or open_job(config)
+        self.ranks = self.job.ranks
+        self.device = self.job.device
+        if not self.ranks.main:
+            self.console.quiet = True
         if config.train.compile:
             model.compile()
-        self.unwrapped = model
-        self.bare_optimizer = optimizer
-        self.saver = Saver(
-            config, self.directory, model, optimizer, data, store, self.accelerator, self.console, dict(inputs or {})
-        )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.engine = make_engine(self.job.strategy, config.train, self.job.accelerator, self.ranks, model, optimizer)
+        self.saver = Saver(config, self.directory, self.engine, data, store, self.job, self.console, dict(inputs or {}))
         self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
-        self.guard = Guard.of(config.train, scaled=self.accelerator.scaler is not None)
+        self.guard = Guard.of(config.train, scaled=self.engine.scaled)
+        self.heartbeat = Heartbeat.from_environment(self.ranks.rank)
         self.micro_batch = self._choose_micro_batch()
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -162,8 +164,9 @@ class Trainer:
             ArtifactError: when a checkpoint that is there does not fit; nothing starts over in silence.
             NonFiniteError, SpikeError: when a step is not finite or spikes, and the policy is stop.
         """
-        set_seed(self.config.train.seed)
-        with StopSignals(self.config.train.stop_signals) as stop:
+        set_seed(self.config.train.seed + self.ranks.rank)  # what is drawn without a key differs between the ranks
+        with StopSignals(self.config.train.stop_signals) as signals:
+            stop = AgreedStop(signals, self.ranks)
             progress = self.saver.resume(allow_changes) if resume else None
             saved = None if progress is None else progress.step
             if progress is None:
@@ -174,27 +177,29 @@ class Trainer:
             if not progress.finished:
                 saved = self._loop(progress, saved, stop)
         assert saved is not None
+        self.heartbeat.beat(progress.step, "end")
         stopped_by = None if progress.finished else stop.received
         return Result(progress, checkpoint.checkpoint_path(self.directory, saved), stopped_by)
 
     def _begin(self) -> Progress:
         """Step 0 of a new run, its length fixed."""
-        self.saver.write_copies()
+        self.ranks.on_main(self.saver.write_copies)
         steps = self._total_steps()
         for line in self.data.for_run(steps):
             self.console.print(line, highlight=False)
-        run_id = uuid.uuid4().hex[:12]
+        run_id = self.ranks.broadcast(uuid.uuid4().hex[:12])
         arithmetic = self.saver.arithmetic
         return Progress(run_id=run_id, total_steps=steps, micro_batch=self.micro_batch, arithmetic=arithmetic)
 
-    def _loop(self, progress: Progress, saved: int | None, stop: StopSignals) -> int:
+    def _loop(self, progress: Progress, saved: int | None, stop: AgreedStop) -> int:
         """Steps, evaluations and saves to the end, or until a stop; returns the step that was saved last.
 
         An evaluation that a stop signal cut short is made when the run goes on.
         """
         evaluate_every = max(1, amount_in_steps(self.config.evaluate.every, progress.total_steps))
         save_every = max(1, amount_in_steps(self.config.checkpoint.every, progress.total_steps))
-        self.saver.check_space(progress, save_every=save_every, judged=bool(self.judges))
+        judged = bool(self.judges)
+        self.ranks.on_main(lambda: self.saver.check_space(progress, save_every=save_every, judged=judged))
 
         def settle() -> None:
             """Evaluate and save where this step wants it."""
@@ -205,70 +210,84 @@ class Trainer:
                 self._evaluate(progress, metrics, stop)
                 saved = saved if saved != progress.step else None  # a save without its scores is made again
             if progress.step and saved != progress.step and (done or progress.step % save_every == 0):
+                self.heartbeat.beat(progress.step, "save")
                 whole = self.saver.save(progress, loss=self._judged(progress), last=done or stop.requested)
                 saved = progress.step if whole is not None else saved
 
         with self._open_metrics(progress) as metrics:
+            stop.agree()
             settle()
-            for micro_batches, waited in self._batches(progress):
+            for micro_batches, waited in self.feed.ahead(progress.step, progress.total_steps):
                 if stop.requested:
                     break
-                self._step(progress, micro_batches, waited, metrics)
+                self._step(progress, micro_batches, waited, metrics, stop)
                 settle()
             if saved != progress.step:
+                self.heartbeat.beat(progress.step, "save")
                 self.saver.save(progress, loss=self._judged(progress))
         return progress.step
 
-    def _step(self, progress: Progress, micro_batches: Sequence[Batch], waited: float, metrics: Metrics) -> None:
+    def _step(
+        self, progress: Progress, micro_batches: Sequence[MicroBatch], waited: float, metrics: Metrics, stop: AgreedStop
+    ) -> None:
         """One optimizer step over the global batch, normalized by its number of targets."""
         started = time.perf_counter()
+        self.heartbeat.beat(progress.step, "step")
         scale = learning_rate_scale(progress.step, progress.total_steps, self.config.schedule)
         self._set_learning_rate(scale)
-        loss, norm = self._forward_backward(micro_batches)
-        verdict = self.guard.judge(progress.guard, loss, norm)
-        if verdict.update:
-            self.optimizer.step()
-        elif self.accelerator.scaler is not None:  # it has seen the gradients: let it find its scale
-            self.accelerator.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        num_targets, num_tokens = self.ranks.sum(
+            [sum(batch.num_targets for batch in micro_batches), sum(batch.num_tokens for batch in micro_batches)]
+        )
+        share = self._backward(micro_batches, int(num_targets))
+        loss = stop.agree(share.item())
+        verdict = Verdict()
+
+        def judge(norm: float) -> bool:
+            nonlocal verdict
+            verdict = self.guard.judge(progress.guard, loss, norm)
+            return verdict.update
+
+        norm = self.engine.update(self.config.train.max_grad_norm, judge)
         seconds = time.perf_counter() - started + waited
         progress.seconds += seconds
         progress.step += 1
         progress.samples += self.config.rows_per_batch
         progress.tokens += self.config.train.batch_tokens
-        num_tokens = sum(batch.num_tokens for batch in micro_batches)
-        progress.text_tokens += num_tokens
+        progress.text_tokens += int(num_tokens)
         if verdict.why or progress.step % self.config.log.every == 0 or progress.step == progress.total_steps:
-            numbers = self._numbers(progress, loss, norm, scale, seconds, waited, num_tokens)
+            numbers = self._numbers(progress, loss, norm, scale, seconds, waited, int(num_tokens))
             metrics.write(progress.step, numbers | verdict.numbers())
         if verdict.why and (verdict.why != "overflow" or verdict.stop):
             self._report(progress, verdict, loss, norm, micro_batches)
 
-    def _forward_backward(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
-        """Gradients of the global batch, clipped. Returns its loss and the norm of the gradient before clipping."""
-        self.model.train()
-        num_targets = max(1, sum(batch.num_targets for batch in micro_batches))
+    def _backward(self, micro_batches: Sequence[MicroBatch], num_targets: int) -> Tensor:
+        """The gradient of the global batch; returns this rank's share of its loss."""
+        self.engine.model.train()
         total = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            loss = self.model(**self._to_device(batch), num_items_in_batch=num_targets).loss
-            self.accelerator.backward(loss)
-            total += loss.detach()
-        limit = self.config.train.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        return total.item(), float(norm)
+        for number, batch in enumerate(micro_batches, start=1):
+            tensors = batch.tensors(self.device)
+
+            def share(tensors: dict[str, Tensor] = tensors) -> Tensor:
+                loss: Tensor = self.engine.model(**tensors, num_items_in_batch=max(1, num_targets)).loss
+                return loss
+
+            total += self.engine.backward(share, last=number == len(micro_batches))
+        return total
 
     def _report(
-        self, progress: Progress, verdict: Verdict, loss: float, norm: float, micro_batches: Sequence[Batch]
+        self, progress: Progress, verdict: Verdict, loss: float, norm: float, micro_batches: Sequence[MicroBatch]
     ) -> None:
         """Name the rows of a step that the guard found fault with: a line here, and one in `skipped.jsonl`.
 
         Raises:
             NonFiniteError, SpikeError: when the run ends here.
         """
-        step, rows = progress.step, [row for batch in micro_batches for row in batch.row_ids.tolist()]
+        own = [row for batch in micro_batches for row in batch.row_ids.tolist()]
+        step, rows = progress.step, [row for found in self.ranks.gather(own) for row in found]
         found = {"why": verdict.why, "skipped": not verdict.update, "loss": loss, "grad_norm": norm, "rows": rows}
-        with suppress(OSError), closing(JsonLines(self.directory / "skipped.jsonl", first_step=step - 1)) as record:
-            record.write(step, found)  # a full disk must not end the training
+        if self.ranks.main:
+            with suppress(OSError), closing(JsonLines(self.directory / "skipped.jsonl", first_step=step - 1)) as record:
+                record.write(step, found)  # a full disk must not end the training
         line = message(step, verdict, rows, f"pretrain inspect {self.directory / 'config.yaml'} --step {step}")
         if verdict.stop:
             whole = checkpoint.list_checkpoints(self.directory, run_id=progress.run_id)
@@ -290,56 +309,37 @@ class Trainer:
             "data_wait": waited / seconds,
             "memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
-        peak = peak_flops(self.device, self.accelerator.mixed_precision)
+        peak = peak_flops(self.device, self.job.accelerator.mixed_precision)
         if peak is not None and self.flops_per_token is not None:
-            numbers["mfu"] = rate * self.flops_per_token / peak
+            numbers["mfu"] = rate * self.flops_per_token / (peak * self.ranks.world)
         return numbers
 
     def _set_learning_rate(self, scale: float) -> None:
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+        for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * scale
 
     # --- data -------------------------------------------------------------------------------------------------------
 
-    def _batches(self, progress: Progress) -> Iterator[tuple[list[Batch], float]]:
-        """The micro-batches of every step to come, and the seconds waited for them; one step is made ahead."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
-            ahead: Future[list[Batch]] = pool.submit(self._micro_batches, progress.step)
-            for step in range(progress.step, progress.total_steps):
-                started = time.perf_counter()
-                current = ahead.result()
-                waited = time.perf_counter() - started
-                if step + 1 < progress.total_steps:
-                    ahead = pool.submit(self._micro_batches, step + 1)
-                yield current, waited
-
-    def _micro_batches(self, step: int) -> list[Batch]:
-        rows = self.config.rows_per_batch
-        starts = range(0, rows, self.micro_batch)
-        return [self.data.batch(step, slice(start, min(start + self.micro_batch, rows))) for start in starts]
-
-    def _to_device(self, batch: Batch) -> dict[str, Tensor]:
-        tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
-        if self.device.type == "cuda":
-            return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
-        return tensors
+    @property
+    def feed(self) -> Feed:
+        """The micro-batches of this process."""
+        return Feed(self.data, self.config.rows_per_batch, self.micro_batch, self.ranks)
 
     def _choose_micro_batch(self) -> int:
         """Rows a forward pass: as configured, or on a GPU the most that fit, or on a CPU what its caches like."""
-        rows = self.config.rows_per_batch
+        rows = largest_share(self.config.rows_per_batch, self.ranks.world)
         if self.config.train.micro_batch != "auto":
             return min(rows, self.config.train.micro_batch)
         if self.device.type != "cuda":
             return min(rows, max(1, _CPU_MICRO_BATCH_TOKENS // self.config.data.sequence_length))
         micro_batch = rows
         # The optimizer's state is not there yet: hold its place (two values a parameter) while trying.
-        state = sum(parameter.numel() for parameter in self.unwrapped.parameters() if parameter.requires_grad)
+        state = sum(shape.nbytes for shape in self.engine.shapes().values() if shape.trained) // 4
         place = torch.empty(2 * state, dtype=torch.float32, device=self.device)
         while True:
             try:
-                batch = self.data.batch(0, slice(0, micro_batch))
-                loss = self.model(**self._to_device(batch), num_items_in_batch=max(1, batch.num_targets)).loss
-                self.accelerator.backward(loss)
+                trial = Feed(self.data, micro_batch, micro_batch, Ranks.alone()).micro_batches(0)
+                self._backward(trial, trial[0].num_targets)
             except torch.OutOfMemoryError:
                 if micro_batch == 1:
                     raise
@@ -348,7 +348,7 @@ class Trainer:
                 del place
                 return micro_batch
             finally:
-                self.optimizer.zero_grad(set_to_none=True)
+                self.engine.drop()
                 torch.cuda.empty_cache()
 
     # --- the budget -------------------------------------------------------------------------------------------------
@@ -370,8 +370,9 @@ class Trainer:
             "batch_tokens": train.batch_tokens,
             "tokens": steps * train.batch_tokens,
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
-        replace_file(record, (json.dumps(fixed, indent=2) + "\n").encode())
+        if self.ranks.main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            replace_file(record, (json.dumps(fixed, indent=2) + "\n").encode())
         self.console.print(
             f"budget: {fixed['minutes']:g} minutes at {seconds_per_step:.2f} s a step are {steps:,} steps, "
             f"{fixed['tokens']:,} tokens (fixed in {record})",
@@ -384,34 +385,43 @@ class Trainer:
         rng = checkpoint.capture_rng()
         self._set_learning_rate(0.0)
         times: list[float] = []
-        while len(times) < 3 or (sum(times) < _PROBE_SECONDS and len(times) < 50):
+        feed = self.feed
+        while self.ranks.broadcast(len(times) < 3 or (sum(times) < _PROBE_SECONDS and len(times) < 50)):
             started = time.perf_counter()
-            self._forward_backward(self._micro_batches(len(times)))
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            micro_batches = feed.micro_batches(len(times))
+            (num_targets,) = self.ranks.sum([sum(batch.num_targets for batch in micro_batches)])
+            self._backward(micro_batches, int(num_targets))
+            self.engine.update(self.config.train.max_grad_norm, lambda norm: True)
             times.append(time.perf_counter() - started)
-        self.bare_optimizer.state.clear()
+        self.engine.clear_state()
         checkpoint.restore_rng(rng)
-        return statistics.median(times[1:])
+        seconds: float = self.ranks.broadcast(statistics.median(times[1:]))
+        return seconds
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, progress: Progress, metrics: Metrics, stop: StopSignals) -> None:
+    def _evaluate(self, progress: Progress, metrics: Metrics, stop: AgreedStop) -> None:
         """Run every evaluator; scores go to the sinks as `name/score`. A stop signal may end it without any."""
-        self.model.eval()
-        context = EvaluationContext(progress.step, self.device, self.config, self.directory, lambda: stop.requested)
+        self.engine.model.eval()
+
+        def stopping() -> bool:
+            self.heartbeat.beat(progress.step, "evaluate")
+            return stop.look()
+
+        self.heartbeat.beat(progress.step, "evaluate")
+        context = EvaluationContext(progress.step, self.device, self.config, self.directory, stopping, self.ranks)
         rng = checkpoint.capture_rng()
         scores: dict[str, float] = {}
         try:
             with torch.no_grad():
                 for name, evaluator in self.evaluators.items():
-                    for score, value in evaluator(self.model, context).items():
+                    for score, value in evaluator(self.engine.model, context).items():
                         scores[f"{name}/{score}"] = float(value)
         except EvaluationStopped:
             return
         finally:
             checkpoint.restore_rng(rng)
-        progress.scores, progress.scored_at = scores, progress.step
+        progress.scores, progress.scored_at = self.ranks.broadcast(scores), progress.step
         if progress.scores:
             metrics.write(progress.step, progress.scores)
 
@@ -424,7 +434,7 @@ class Trainer:
     def _open_metrics(self, progress: Progress) -> Metrics:
         log = self.config.log
         return open_metrics(
-            log.to,
+            log.to if self.ranks.main else (),
             project=log.project,
             name=self.config.name,
             run_id=progress.run_id,

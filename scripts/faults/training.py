@@ -67,7 +67,7 @@ def train(run: tiny.Run, places: Places, *, stop_after: int | None = None, **key
 def _injected(places: Places, ran: Ran, stop_after: int | None) -> Iterator[None]:
     from pretrain.training.trainer import Trainer
 
-    step, forward_backward = Trainer._step, Trainer._forward_backward
+    step, backward = Trainer._step, Trainer._backward
     now = {"step": 0, "micro": 0}
 
     def injected(self: Trainer, progress: Any, micro_batches: Any, *rest: Any) -> Any:
@@ -85,18 +85,18 @@ def _injected(places: Places, ran: Ran, stop_after: int | None) -> Iterator[None
                 output.loss = _KINDS[what](output.loss) if isinstance(what, str) else output.loss * what
         now["micro"] += 1
 
-    def hooked(self: Trainer, micro_batches: Any) -> Any:
-        hook = self.unwrapped.register_forward_hook(spoil)
+    def hooked(self: Trainer, micro_batches: Any, num_targets: int) -> Any:
+        hook = self.engine.bare.register_forward_hook(spoil)
         try:
-            return forward_backward(self, micro_batches)
+            return backward(self, micro_batches, num_targets)
         finally:
             hook.remove()
 
-    Trainer._step, Trainer._forward_backward = injected, hooked  # type: ignore[method-assign]
+    Trainer._step, Trainer._backward = injected, hooked  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Trainer._step, Trainer._forward_backward = step, forward_backward  # type: ignore[method-assign]
+        Trainer._step, Trainer._backward = step, backward  # type: ignore[method-assign]
 
 
 def lines(run: tiny.Run, name: str) -> list[dict[str, Any]]:

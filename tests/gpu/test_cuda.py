@@ -118,7 +118,7 @@ def test_the_loop_trains_and_resumes(tmp_path: Path) -> None:
         later.rename(tmp_path / "aside")
     again = build_trainer(cut)
     assert again.train().finished
-    ours, theirs = (dict(made.unwrapped.named_parameters()) for made in (again, first))
+    ours, theirs = (dict(made.engine.bare.named_parameters()) for made in (again, first))
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4
 
 

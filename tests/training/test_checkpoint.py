@@ -78,9 +78,8 @@ def save(
     **keys: object,
 ) -> Path:
     arguments = {"write_model": writer(model), "state": {"config": {"name": "toy"}, "best": None}, **keys}
-    return checkpoint.save_checkpoint(
-        directory, step=step, run_id=run_id, model=model, optimizer=optimizer, **arguments
-    )
+    state = checkpoint.optimizer_state_by_name(model, optimizer)
+    return checkpoint.save_checkpoint(directory, step=step, run_id=run_id, optimizer=state, **arguments)
 
 
 def load_model(model: nn.Module, path: Path) -> None:

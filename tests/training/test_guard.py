@@ -257,7 +257,7 @@ def test_bad_steps_are_skipped_logged_and_named(tmp_path: Path) -> None:
     configuration = config(tmp_path, train={**GUARDED, "micro_batch": 3}, log={"every": 50})
     made = trainer(configuration, Poisoned(FACTORS))
     progress = made.train().progress
-    assert weights(made.unwrapped).isfinite().all()
+    assert weights(made.engine.bare).isfinite().all()
     assert progress.guard.skipped == {"not finite": 2, "spike": 2}
     entries = skipped(made.directory)
     assert [(entry["step"], entry["why"], entry["skipped"]) for entry in entries] == [
@@ -290,8 +290,8 @@ def test_a_skipped_step_changes_nothing_but_where_the_run_stands(tmp_path: Path)
         state.append((before == snapshot(), progress.samples))
 
     def snapshot() -> list[bytes]:
-        tensors = optimizer_state_by_name(made.unwrapped, made.bare_optimizer).tensors
-        return [weights(made.unwrapped).numpy().tobytes(), *(tensors[name].numpy().tobytes() for name in tensors)]
+        tensors = optimizer_state_by_name(made.engine.bare, made.engine.optimizer).tensors
+        return [weights(made.engine.bare).numpy().tobytes(), *(tensors[name].numpy().tobytes() for name in tensors)]
 
     made._step = watched  # type: ignore[method-assign]
     made.train()
@@ -315,7 +315,7 @@ def test_an_interrupted_run_with_skips_is_the_uninterrupted_one(tmp_path: Path, 
     again = trainer(cut, Poisoned(FACTORS, dropout=0.3))
     progress = again.train().progress
     assert repr(losses(again.directory)) == repr(losses(whole.directory))  # NaN is not equal to itself
-    assert torch.equal(weights(again.unwrapped), weights(whole.unwrapped))
+    assert torch.equal(weights(again.engine.bare), weights(whole.engine.bare))
     assert asdict(progress.guard) == asdict(expected.guard)
     assert repr(skipped(again.directory)) == repr(skipped(whole.directory))
 
@@ -347,28 +347,28 @@ def test_stopping_names_the_rows_and_the_remedy(tmp_path: Path, keys: Any, error
     made = trainer(config(tmp_path, train=GUARDED | keys), Poisoned(FACTORS))
     with pytest.raises(error, match=words):
         made.train()
-    assert weights(made.unwrapped).isfinite().all()
+    assert weights(made.engine.bare).isfinite().all()
 
 
 def test_a_loss_scaler_finds_its_scale_and_survives_skips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 with the scaler on a CPU: its overflows are no faults, and a skipped spike leaves it as it should be."""
     factors = {0: 1e9, 1: 1e9, 24: 100.0, 30: 100.0}  # gradients that overflow at the first scale, then spikes
     made = trainer(config(tmp_path, train=GUARDED | {"on_nonfinite": "stop"}), Poisoned(factors))
-    accelerator = made.accelerator
+    accelerator = made.job.accelerator
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**110, growth_interval=1000)
-    wrapped = AcceleratedOptimizer(made.bare_optimizer, scaler=scaler)
+    wrapped = AcceleratedOptimizer(made.engine.optimizer, scaler=scaler)
     monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
     monkeypatch.setattr(accelerator, "native_amp", True)
     monkeypatch.setattr(accelerator, "scaler", scaler)
     monkeypatch.setattr(accelerator, "_optimizers", [wrapped])
-    made.optimizer, made.guard = wrapped, Guard.of(made.config.train, scaled=True)
+    made.engine._stepper, made.guard = wrapped, Guard.of(made.config.train, scaled=True)
     progress = made.train().progress
     assert progress.guard.skipped == {"overflow": 2, "spike": 2}
     assert scaler.get_scale() == 2.0**108
     assert [entry["step"] for entry in skipped(made.directory)] == [25, 31]
     assert [line["step"] for line in lines(made.directory) if line.get("skipped")] == [1, 2, 25, 31]
     assert progress.guard.summary() == "skipped steps: 2 (2 spike)"
-    assert weights(made.unwrapped).isfinite().all()
+    assert weights(made.engine.bare).isfinite().all()
 
 
 def test_a_run_that_is_never_finite_ends(tmp_path: Path) -> None:

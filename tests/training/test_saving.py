@@ -308,7 +308,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes_and_dtypes(finished: RunCon
         torch.manual_seed(seed)
         progress = trainer.saver.resume()
         assert progress is not None
-        state = trainer.bare_optimizer.state
+        state = trainer.engine.optimizer.state
         assert {tensor.dtype for values in state.values() for tensor in values.values()} == {torch.float32}
         trainer.saver.save(progress)
         assert toy.contents(newest) == before

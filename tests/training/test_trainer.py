@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from pretrain.config import RunConfig, config_from_dict
 from pretrain.files import ArtifactError, write_safetensors
@@ -80,14 +81,12 @@ class RaggedData:
 
 
 class Store:
-    def write(self, model: nn.Module, directory: Path) -> dict[str, str]:
-        tensors = [(name, tensor_bytes(tensor)) for name, tensor in model.state_dict().items()]
+    def write(self, model: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> dict[str, str]:
+        tensors = [(name, tensor_bytes(tensor)) for name, tensor in weights.items()]
         return {"model.safetensors": write_safetensors(directory / "model.safetensors", tensors)}
 
-    def read(self, model: nn.Module, directory: Path) -> None:
-        from safetensors.torch import load_file
-
-        model.load_state_dict(load_file(directory / "model.safetensors"))
+    def read(self, model: nn.Module, directory: Path) -> dict[str, Tensor]:
+        return load_file(directory / "model.safetensors")
 
 
 def config(tmp_path: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -143,13 +142,14 @@ def test_a_batch_split_is_the_same_batch(tmp_path: Path, optimizer: str) -> None
         settings = {"name": optimizer, "lr": 0.01}
         configuration = config(tmp_path / str(micro_batch), train={"micro_batch": micro_batch}, optimizer=settings)
         made = trainer(configuration)
-        made._forward_backward(made._micro_batches(0))
+        micro_batches = made.feed.micro_batches(0)
+        made._backward(micro_batches, sum(batch.num_targets for batch in micro_batches))
         gradients.append(
-            torch.cat([p.grad.flatten().clone() for p in made.unwrapped.parameters() if p.grad is not None])
+            torch.cat([p.grad.flatten().clone() for p in made.engine.bare.parameters() if p.grad is not None])
         )
-        made.optimizer.zero_grad(set_to_none=True)
+        made.engine.drop()
         made.train()
-        ends.append(weights(made.unwrapped))
+        ends.append(weights(made.engine.bare))
         histories.append([loss for _, loss, _ in losses(made.directory)])
     for history, gradient, end in zip(histories[1:], gradients[1:], ends[1:], strict=True):
         np.testing.assert_allclose(history, histories[0], rtol=1e-6)
@@ -176,8 +176,10 @@ def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path, optimizer: 
     second = trainer(cut, dropout=0.3)
     assert second.train().finished
     assert losses(second.directory) == losses(whole.directory)
-    assert torch.equal(weights(second.unwrapped), weights(whole.unwrapped))
-    ours, theirs = (optimizer_state_by_name(made.unwrapped, made.bare_optimizer).tensors for made in (second, whole))
+    assert torch.equal(weights(second.engine.bare), weights(whole.engine.bare))
+    ours, theirs = (
+        optimizer_state_by_name(made.engine.bare, made.engine.optimizer).tensors for made in (second, whole)
+    )
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -283,7 +285,7 @@ def test_a_budget_of_time_is_fixed_once_and_leaves_no_trace(tmp_path: Path) -> N
     counted = trainer(config(tmp_path / "counted", train={"steps": steps}), dropout=0.3)
     counted.train()
     assert [entry[:2] for entry in losses(made.directory)] == [entry[:2] for entry in losses(counted.directory)]
-    assert torch.equal(weights(made.unwrapped), weights(counted.unwrapped))
+    assert torch.equal(weights(made.engine.bare), weights(counted.engine.bare))
 
 
 def test_what_is_logged(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""How a run is split over processes: what the configuration asks, what the launcher says, and whether they agree.
+
+What lives here: reading the variables that torchrun, accelerate and deepspeed set, and refusing what does not fit,
+before anything is built. What must not: torch, or the engines themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from pretrain.config import RunConfig, TrainConfig
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+ZERO = ("zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the environment of a process says.
+
+    Attributes:
+        world: processes of the job; None when no launcher started this one.
+        rank: of this process.
+        wish: the strategy that `accelerate launch` was configured for; None when it says nothing.
+        precision: what `accelerate launch` was configured for ("bf16", "fp16"); None when it says nothing.
+        deepspeed: DeepSpeed's JSON that `accelerate launch` was given.
+    """
+
+    world: int | None = None
+    rank: int = 0
+    wish: str | None = None
+    precision: str | None = None
+    deepspeed: str | None = None
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """What torchrun, `accelerate launch`, the deepspeed launcher or `pretrain train --processes` says.
+
+    Raises:
+        ValueError: when accelerate was configured for something that is not among the strategies.
+    """
+    started = "LOCAL_RANK" in environment or "RANK" in environment
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    return Launch(
+        world=int(environment.get("WORLD_SIZE", 1)) if started else None,
+        rank=int(environment.get("RANK", environment.get("LOCAL_RANK", 0))),
+        wish=_wish(environment),
+        precision=None if precision == "no" else precision,
+        deepspeed=environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None,
+    )
+
+
+def _wish(environment: Mapping[str, str]) -> str | None:
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        if file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            stage = str(json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
+        if f"zero{stage}" not in ZERO:
+            raise ValueError(f"accelerate launch: ZeRO stage {stage} is not supported; use --zero_stage 1, 2 or 3")
+        return f"zero{stage}"
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if environment.get("FSDP_VERSION", "1") != "2":
+            raise ValueError("accelerate launch: FSDP version 1 is not supported; give --fsdp_version 2")
+        return "fsdp2"
+    return None
+
+
+def resolve_strategy(config: RunConfig, launch: Launch) -> Strategy:
+    """The strategy of a run, once what was asked for and what was launched agree.
+
+    Raises:
+        ValueError: names what differs, and the remedy.
+    """
+    train = config.train
+    world = launch.world or 1
+    asked = train.strategy
+    if launch.wish is not None and asked not in ("auto", launch.wish):
+        raise ValueError(
+            f"train.strategy: {asked} was asked for, but accelerate launch is configured for {launch.wish}; "
+            f"set train.strategy={launch.wish} (or auto), or launch it otherwise"
+        )
+    if launch.precision is not None and train.precision not in ("auto", launch.precision):
+        raise ValueError(
+            f"train.precision: {train.precision} was asked for, but accelerate launch has --mixed_precision "
+            f"{launch.precision}; make them equal, or leave --mixed_precision no"
+        )
+    if train.processes is not None and train.processes != world:
+        raise ValueError(
+            f"train.processes: {train.processes} were asked for, but this job has {world}; start them with `pretrain "
+            f"train CONFIG --processes {train.processes}` or `torchrun --nproc_per_node {train.processes} -m pretrain "
+            "train CONFIG` (`accelerate launch --cpu --num_processes N` starts one process whatever N is)"
+        )
+    strategy: Strategy = (launch.wish or ("single" if world == 1 else "ddp")) if asked == "auto" else asked  # type: ignore[assignment]
+    if strategy == "single" and world > 1:
+        raise ValueError(
+            f"train.strategy: single runs on one process, but {world} were launched; use ddp, fsdp2, zero1, zero2 or "
+            "zero3, or start it with `pretrain train` alone"
+        )
+    if config.rows_per_batch < world:
+        raise ValueError(
+            f"train.batch_tokens: {train.batch_tokens} are {config.rows_per_batch} rows of "
+            f"{config.data.sequence_length} tokens, fewer than the {world} processes; raise it to "
+            f"{world * config.data.sequence_length} at least"
+        )
+    _refuse_settings(train, strategy, world)
+    return strategy
+
+
+def _refuse_settings(train: TrainConfig, strategy: str, world: int) -> None:
+    """Refuse settings that belong to another strategy."""
+    if train.shard_size is not None:
+        if strategy != "fsdp2":
+            raise ValueError(f"train.shard_size: hybrid sharding is of fsdp2, not of {strategy}; remove it")
+        if world % train.shard_size:
+            raise ValueError(f"train.shard_size: {train.shard_size} does not divide the {world} processes")
+    fits = {"optimizer": ZERO, "all": ("fsdp2", "zero3")}
+    if train.offload is not None and strategy not in fits[train.offload]:
+        raise ValueError(
+            f"train.offload: {train.offload} is of {', '.join(fits[train.offload])}, not of {strategy}; remove it"
+        )
+    if train.deepspeed is not None and strategy not in ZERO:
+        raise ValueError(f"train.deepspeed: it has no effect with {strategy}; remove it, or use {', '.join(ZERO)}")
+    copies = world // (train.shard_size or world) if strategy == "fsdp2" else world
+    if train.check_replicas is not None and (strategy in ("single", "zero3") or copies == 1):
+        raise ValueError(
+            f"train.check_replicas: there is one copy of the weights ({strategy}, {world} processes); remove it"
+        )
