@@ -421,6 +421,7 @@ class Trainer:
             return
         finally:
             checkpoint.restore_rng(rng)
+            self.engine.evaluated()
         progress.scores, progress.scored_at = self.ranks.broadcast(scores), progress.step
         if progress.scores:
             metrics.write(progress.step, progress.scores)

@@ -85,10 +85,10 @@ class Engine:
             The norm of the global gradient before clipping.
         """
         self.accelerator.unscale_gradients()
-        gradients = [p.grad for p in self.bare.parameters() if p.grad is not None]
-        total = self._whole(get_total_norm(gradients))
+        trained = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
+        total = self._whole(get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
         if limit is not None:
-            clip_grads_with_norm_([p for p in self.bare.parameters() if p.grad is not None], limit, total)
+            clip_grads_with_norm_(trained, limit, total)
         norm = float(total)
         if judge(norm):
             self._stepper.step()
@@ -96,6 +96,9 @@ class Engine:
             self.accelerator.scaler.update()
         self.drop()
         return norm
+
+    def evaluated(self) -> None:
+        """Called by all ranks after forward passes without a backward pass."""
 
     def drop(self) -> None:
         """Throw the gradient away."""
@@ -133,7 +136,11 @@ class Engine:
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups as plain data: hyper-parameters and the names of their members."""
-        return group_records(self.optimizer.param_groups, parameter_names(self.bare))
+        return group_records(self.optimizer.param_groups, self._names())
+
+    def _names(self) -> dict[Tensor, str]:
+        """The name of each parameter that the optimizer holds. (A sharded module shows others while it computes.)"""
+        return {parameter: name for name, parameter in self._parameters.items()}
 
     def load(self, parameters: Mapping[str, Tensor], state: OptimizerState) -> None:
         """Take up weights and optimizer state, whole tensors by name, bit for bit. Called by all ranks together.
@@ -147,7 +154,7 @@ class Engine:
         wanted = fitting_state(self.groups(), self.shapes(), state)
         for name in self.names():
             self._write(self._parameters[name], parameters[name])
-        names = parameter_names(self.bare)
+        names = self._names()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 tensors = wanted[names[parameter]]

@@ -59,13 +59,17 @@ class Fsdp2Engine(Engine):
         self.accelerator.backward(value * self.ranks.world)
         return value.detach()
 
+    def evaluated(self) -> None:
+        """Free the root's parameters: without a backward pass nothing else does, and each rank would in its own time."""
+        self.bare.reshard()  # type: ignore[operator]
+
     def checks(self) -> list[tuple[str, Any, Any]]:
         """That every parameter is sharded, over as many ranks as were asked for."""
-        sharded = [parameter for parameter in self.bare.parameters() if isinstance(parameter, DTensor)]
+        sharded = [parameter for parameter in self._parameters.values() if isinstance(parameter, DTensor)]
         parts = {parameter.device_mesh.size(-1) for parameter in sharded}
         return [
             *super().checks(),
-            ("sharded parameters", len(list(self.bare.parameters())), len(sharded)),
+            ("sharded parameters", len(self._parameters), len(sharded)),
             ("ranks that share a copy", {self.config.shard_size or self.ranks.world}, parts),
         ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def _accelerator(strategy: str, mixed: str, timeout: timedelta, *, cpu: bool) ->
     if strategy == "ddp":
         # Loom models have no buffers that training changes, and every parameter takes part in every step.
         copies = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         return Accelerator(cpu=cpu, mixed_precision=mixed, kwargs_handlers=[group, copies])
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=False)
     return Accelerator(mixed_precision=mixed, fsdp_plugin=plugin, kwargs_handlers=[group])
