@@ -73,7 +73,7 @@ def _rules() -> dict[str, Rule]:
         ("train", "batch_tokens", "train", "refused", "step s sees the s-th batch of this size"),
         ("train", "seed", "train", "refused", "it decides the order of the rows"),
         ("train", "precision max_grad_norm", "train", "allow", "it changes each later step"),
-        # The same rows, targets and learning rate, other rounding (and, with dropout, other draws).
+        # The same rows, targets, learning rate and dropout of hidden states; other rounding. See also `_DRAWN`.
         ("train", "micro_batch attention compile gradient_checkpointing", None, "safe", "it changes rounding alone"),
         ("train", "strategy processes shard_size offload deepspeed", None, "safe", "it splits the same work otherwise"),
         ("train", "ddp_timeout check_replicas stop_signals", None, "safe", "it steers the work, not what comes out"),
@@ -94,6 +94,9 @@ RULES = _rules()
 """The rule of every key, by the longest prefix."""
 
 _UNKNOWN = Rule(STAGES[0], "refused", "no rule says what it touches")
+# Attention dropout draws from a generator, in the order of the forward passes; hidden dropout by the row alone.
+_DRAWN = Rule(None, "allow", "attention dropout draws other masks in another split or by another kernel")
+_DRAWS = frozenset(f"train.{key}" for key in ("micro_batch", "processes", "strategy", "attention", "compile"))
 # Keys that come and go with another one are allowed with it.
 _COMPANIONS = {"schedule.decay": "schedule.kind"}
 
@@ -104,16 +107,21 @@ class ChangedConfigError(ConfigError):
 
 @dataclass(frozen=True)
 class Change:
-    """A key that differs; None stands for a key that is not given."""
+    """A key that differs; None stands for a key that is not given.
+
+    `drawn` says that the model has attention dropout, whose draws depend on more keys than its training does.
+    """
 
     key: str
     before: Any
     after: Any
+    drawn: bool = False
 
     @property
     def rule(self) -> Rule:
-        """What the change does."""
-        return rule_of(self.key)
+        """What the change does. A micro-batch of `auto` is the checkpoint's."""
+        kept = self.key == "train.micro_batch" and self.after == "auto"
+        return _DRAWN if self.drawn and self.key in _DRAWS and not kept else rule_of(self.key)
 
     def allowed_by(self, allow: Collection[str]) -> bool:
         """Whether a resumed run takes it, when the keys (or whole sections) of `allow` may change."""
@@ -137,13 +145,21 @@ def rule_of(key: str) -> Rule:
     return next((RULES[prefix] for prefix in prefixes if prefix in RULES), _UNKNOWN)
 
 
-def changed_keys(old: Mapping[str, Any], config: RunConfig) -> list[Change]:
-    """What differs between the plain data of a saved configuration and the one that is wanted now."""
+def changed_keys(old: Mapping[str, Any], config: RunConfig, attention_dropout: float | None = None) -> list[Change]:
+    """What differs between the plain data of a saved configuration and the one that is wanted now.
+
+    `attention_dropout` is the model's, where it is known; else the configuration's.
+    """
+    drawn = _is_drawn(config, attention_dropout)
     new: dict[str, Any] = json.loads(json.dumps(config_to_dict(config)))
     changes = difference(old, new)
     if "data.train" in changes:
         changes |= _changed_sources(*changes.pop("data.train"))
-    return [Change(key, before, after) for key, (before, after) in changes.items()]
+    return [Change(key, before, after, drawn) for key, (before, after) in changes.items()]
+
+
+def _is_drawn(config: RunConfig, attention_dropout: float | None) -> bool:
+    return bool(config.model.attention_dropout if attention_dropout is None else attention_dropout)
 
 
 def _changed_sources(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
@@ -175,18 +191,30 @@ def check_allowed(keys: Iterable[str]) -> None:
             raise ConfigError(f"--allow-change {key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def changes_at_resume(old: Mapping[str, Any], config: RunConfig, allow: Collection[str] = ()) -> list[Change]:
+def changes_at_resume(
+    old: Mapping[str, Any],
+    config: RunConfig,
+    allow: Collection[str] = (),
+    *,
+    attention_dropout: float | None = None,
+    processes: tuple[int, int] | None = None,
+) -> list[Change]:
     """What a run goes on with that its checkpoint did not have.
 
     Args:
         old: the configuration in the checkpoint, as plain data.
         config: the configuration that is wanted now.
         allow: keys, or whole sections, that may change.
+        attention_dropout: the model's, where it is known; else the configuration's.
+        processes: how many there were and are, where it is known: a launcher may say it in place of the configuration.
 
     Raises:
         ChangedConfigError: when a change is not allowed; lists them all, with the remedy of each.
     """
-    changes = changed_keys(old, config)
+    changes = changed_keys(old, config, attention_dropout)
+    if processes is not None and processes[0] != processes[1]:
+        changes = [change for change in changes if change.key != "train.processes"]
+        changes.append(Change("train.processes", *processes, _is_drawn(config, attention_dropout)))
     _refuse([change for change in changes if not change.allowed_by(allow)], config)
     return changes
 
@@ -229,7 +257,7 @@ def _refuse(changes: list[Change], config: RunConfig) -> None:
             remedy = f"{rule.reason}; --allow-change {change.key} goes on with it"
         else:
             remedy = f"it cannot change: {rule.reason}" if rule.resume == "refused" else "it is made already"
-        lines.append(f"  {change} (touches {touched}): {remedy}")
+        lines.append(f"  {change}{f' (touches {touched})' if touched else ''}: {remedy}")
     options = [f"--allow-change {change.key}" for change in changes if change.rule.resume == "allow"]
     all_of_them = f"To go on with all of it: {' '.join(options)}. " if len(options) == len(changes) > 1 else ""
     raise ChangedConfigError(

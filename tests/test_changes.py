@@ -275,6 +275,53 @@ def test_another_machine_is_said() -> None:
     assert taken(progress, base, base) == []
 
 
+SPLITS = [
+    ({"train": {"micro_batch": 4}}, "train.micro_batch: 'auto' -> 4"),
+    ({"train": {"processes": 2}}, "train.processes: None -> 2"),
+    ({"train": {"strategy": "fsdp2"}}, "train.strategy: 'auto' -> 'fsdp2'"),
+    ({"train": {"attention": "eager"}}, "train.attention: 'auto' -> 'eager'"),
+    ({"train": {"compile": True}}, "train.compile: False -> True"),
+]
+
+
+@pytest.mark.parametrize(("sections", "said"), SPLITS, ids=lambda value: str(value))
+def test_what_attention_dropout_draws_by_needs_leave(sections: dict[str, Any], said: str) -> None:
+    """Without it the same change is safe. The model may have it from a directory, where only the caller knows of it."""
+    base = config()
+    drawn = changed(base, model={"attention_dropout": 0.1})
+    key = said.partition(":")[0]
+    message = rf"{said}: attention dropout draws other masks .*; --allow-change {key} goes on with it"
+    with pytest.raises(ChangedConfigError, match=message) as caught:
+        taken(at(5), drawn, changed(drawn, **sections), key[:-1])
+    assert "touches" not in str(caught.value)
+    for allow in (key, "train"):
+        lines = taken(at(5), drawn, changed(drawn, **sections), allow)
+        assert any(line.startswith(f"{said}: from step 6 on; attention dropout draws") for line in lines)
+    assert any(said in line for line in taken(at(5), base, changed(base, **sections)))
+    plain = json.loads(json.dumps(config_to_dict(base)))
+    with pytest.raises(ChangedConfigError, match=message):
+        changes_at_resume(plain, changed(base, **sections), attention_dropout=0.1)
+    assert changes_at_resume(plain, changed(base, **sections), attention_dropout=0.0)
+
+
+def test_a_micro_batch_of_auto_stays_what_it_was_with_attention_dropout() -> None:
+    drawn = changed(config(), model={"attention_dropout": 0.1}, train={"micro_batch": 4})
+    assert taken(at(5), drawn, changed(drawn, train={"micro_batch": "auto"}))
+
+
+def test_processes_that_a_launcher_chose_are_told_like_configured_ones() -> None:
+    base = config()
+    plain = json.loads(json.dumps(config_to_dict(base)))
+    assert [str(change) for change in changes_at_resume(plain, base, processes=(2, 4))] == ["train.processes: 2 -> 4"]
+    assert changes_at_resume(plain, base, processes=(2, 2), attention_dropout=0.1) == []
+    with pytest.raises(
+        ChangedConfigError, match=r"train.processes: 2 -> 4: attention dropout.*--allow-change train.pro"
+    ):
+        changes_at_resume(plain, base, processes=(2, 4), attention_dropout=0.1)
+    both = changes_at_resume(plain, changed(base, train={"processes": 4}), processes=(2, 4))
+    assert [str(change) for change in both] == ["train.processes: 2 -> 4"]
+
+
 # --- real runs ------------------------------------------------------------------------------------------------------
 
 
@@ -360,8 +407,8 @@ def test_what_is_safe_is_announced_and_changes_no_weight(
     ["train.micro_batch=8", "train.micro_batch=3", "train.gradient_checkpointing=true", "train.attention=eager"],
 )
 def test_what_changes_rounding_alone_stays_within_it(tmp_path: Path, override: str) -> None:
-    """Without dropout the same split of the batch in another way, or the same arithmetic in another order."""
-    sections: dict[str, Any] = {"model": {"hidden_dropout": 0.0}, "train": {"steps": 3}, "checkpoint": {"every": 3}}
+    """With hidden dropout too: the batch split in another way, or the same arithmetic in another order."""
+    sections: dict[str, Any] = {"model": {"hidden_dropout": 0.1}, "train": {"steps": 3}, "checkpoint": {"every": 3}}
     run = tiny.make(tmp_path, **sections)
     assert train(load_config(run.config), console=recorded()) == 0
     plain, _ = go_on(run, tmp_path / "plain", ["train.steps=6"], ["train.steps"])

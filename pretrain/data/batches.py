@@ -34,6 +34,7 @@ class Batch:
     """Rows for the model.
 
     `arrays` by Hugging Face's names, each (B, L): input_ids, position_ids, document_ids, and labels or shift_labels.
+    dropout_keys (B,) int64 only where the model takes them: random bits of each (row, epoch), for its dropout.
     `num_targets` counts targets that are not -100, `num_tokens` positions that are not padding. `row_ids` (B, 3) are
     (number of the source, epoch of that source, row of its packing plan).
     """
@@ -85,11 +86,13 @@ def make_batch(
     epochs: IntArray,
     rows: IntArray,
     seeds: IntArray,
+    dropout_keys: bool = False,
 ) -> Batch:
     """The rows (B,) of the splits that `sources` (B,) names, under an objective, drawn by seeds and epochs (B,)."""
     packed = _assemble(splits, sources, rows)
     first = splits[0]
-    made = objective(packed, Draws(seeds, epochs, rows, first.plan.spec.sequence_length), first.tokens)
+    draws = Draws(seeds, epochs, rows, first.plan.spec.sequence_length)
+    made = objective(packed, draws, first.tokens)
     if kind not in BUILT_IN:
         made = check_batch(made, packed.input_ids.shape, kind, first.tokens.vocab_size, first.model_kind)
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -97,6 +100,8 @@ def make_batch(
         "document_ids": packed.document_ids,
         **made,
     }
+    if dropout_keys:
+        arrays["dropout_keys"] = draws.row_keys("dropout")
     targets = arrays["labels"] if "labels" in arrays else arrays["shift_labels"]
     return Batch(
         arrays,

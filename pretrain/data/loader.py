@@ -34,6 +34,10 @@ class DataPlane:
 
     Without weights the rows of all sources are drawn as one set, each once an epoch. With weights each source is a
     stream with epochs of its own, and `Mixture` says which one a sample comes from.
+
+    Attributes:
+        dropout_keys: whether batches hold a key of each row, for a model that draws its dropout by it. Set it before
+            the first batch; it decides nothing else of a batch.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class DataPlane:
     ) -> None:
         self.seed = seed
         self.rows_per_batch = rows_per_batch
+        self.dropout_keys = False
         self.sources = tuple(split.source for split in splits)
         self.rows = tuple(split.plan.num_rows for split in splits)
         if sum(self.rows) == 0:
@@ -211,6 +216,7 @@ class DataPlane:
             epochs=epochs,
             rows=plan_rows,
             seeds=self._seeds[sources],
+            dropout_keys=self.dropout_keys,
         )
 
     def locate(self, samples: IntArray) -> tuple[IntArray, IntArray, IntArray]:

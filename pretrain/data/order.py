@@ -141,6 +141,10 @@ class Draws:
         positions = places - batch_rows * self.sequence_length
         return mix(self._keys(purpose)[batch_rows] + self._steps[positions])
 
+    def row_keys(self, purpose: str) -> IntArray:
+        """64 random bits for each row, as signed integers: (B,)."""
+        return self._keys(purpose).view(np.int64)
+
     def _keys(self, purpose: str) -> U64:
         """`hash_counters(seed, epochs, rows, purpose)`, (B,)."""
         return _absorb(self._row_keys, zlib.crc32(purpose.encode()), 3)

@@ -27,6 +27,7 @@ from .configuration_loom import (
     loom_config,
     num_multiplied_parameters,
 )
+from .dropout import wants_dropout_keys
 from .losses import linear_cross_entropy
 from .modeling_loom import LoomModel, LoomPreTrainedModel
 from .modeling_loom_decoder import (
@@ -64,6 +65,7 @@ __all__ = [
     "num_multiplied_parameters",
     "pick_backend",
     "register_hub_code",
+    "wants_dropout_keys",
 ]
 
 # kind -> task -> (class, the Auto class that finds it)

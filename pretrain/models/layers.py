@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import BACKENDS, RotaryTables, apply_rotary
 from .configuration_loom import LoomConfig
+from .dropout import branch_sites, dropout
 from .losses import linear_cross_entropy
 from .masks import AttentionMask
 
@@ -141,6 +142,7 @@ class LoomLayer(GradientCheckpointingLayer):
         self.attention_kind = config.attention_kinds[layer_idx]
         self.pre_norm = config.norm_placement == "pre"
         self.hidden_dropout = config.hidden_dropout
+        self.dropout_sites = branch_sites(layer_idx)
         self.self_attn = LoomAttention(config, layer_idx)
         self.mlp = LoomMLP(config)
         has_attention_norm = config.first_norm or layer_idx > 0
@@ -154,21 +156,23 @@ class LoomLayer(GradientCheckpointingLayer):
         rotary: RotaryTables | None = None,
         past_key_values: Cache | None = None,
         need_weights: bool = False,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        """(B, L, hidden) -> (B, L, hidden)."""
+        """(B, L, hidden) -> (B, L, hidden); dropout_keys: (B,) int64, see `dropout`."""
+        attention_site, mlp_site = self.dropout_sites
         branch = self.attention_norm(hidden_states) if self.pre_norm else hidden_states
         branch, _ = self.self_attn(branch, mask, rotary, past_key_values, need_weights)
-        hidden_states = hidden_states + self._dropout(branch)
+        hidden_states = hidden_states + self._dropout(branch, dropout_keys, attention_site)
         if not self.pre_norm:
             hidden_states = self.attention_norm(hidden_states)
         branch = self.mlp(self.mlp_norm(hidden_states) if self.pre_norm else hidden_states)
-        hidden_states = hidden_states + self._dropout(branch)
+        hidden_states = hidden_states + self._dropout(branch, dropout_keys, mlp_site)
         return hidden_states if self.pre_norm else self.mlp_norm(hidden_states)
 
-    def _dropout(self, states: Tensor) -> Tensor:
+    def _dropout(self, states: Tensor, keys: Tensor | None, site: int) -> Tensor:
         if not self.training or self.hidden_dropout == 0.0:
             return states
-        return functional.dropout(states, p=self.hidden_dropout)
+        return dropout(states, self.hidden_dropout, keys, site)
 
 
 class LoomPredictionHead(nn.Module):

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import CAPABILITIES, RotaryTables, rotary_tables
 from .configuration_loom import LoomConfig
+from .dropout import EMBEDDING_SITE, dropout
 from .layers import LoomAttention, LoomLayer, LoomPredictionHead, LoomRMSNorm, make_norm
 from .losses import mean_over_targets
 from .masks import build_masks, document_positions
@@ -131,13 +132,15 @@ class LoomModel(LoomPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        dropout_keys: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """(B, L) token ids, or (B, L, hidden) embeddings -> last hidden state (B, L, hidden).
 
         attention_mask: None, (B, keys) with 1 = token, or 4D (bool, True = may look; or added to the scores).
         document_ids (B, L): 0 = padding, 1.. = piece of the row; pieces do not see each other. position_ids default to
-        places in the row, or in the piece when document_ids are given.
+        places in the row, or in the piece when document_ids are given. dropout_keys (B,) int64: while training, the
+        masks of hidden and embedding dropout are a function of each row's key; None draws them from torch's generator.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -157,7 +160,7 @@ class LoomModel(LoomPreTrainedModel):
             document_ids=document_ids,
         )
         position_ids = self._positions(position_ids, document_ids, length, past_length, device)
-        hidden_states = self._embed(embeddings, position_ids, token_type_ids)
+        hidden_states = self._embed(embeddings, position_ids, token_type_ids, dropout_keys)
         rotary = self._rotary(position_ids)
         need_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
         for layer in self.layers:
@@ -168,6 +171,7 @@ class LoomModel(LoomPreTrainedModel):
                 rotary=rotary.get(kind),
                 past_key_values=past_key_values,
                 need_weights=need_weights,
+                dropout_keys=dropout_keys,
             )
         if self.config.norm_placement == "pre":
             hidden_states = self.norm(hidden_states)
@@ -203,7 +207,9 @@ class LoomModel(LoomPreTrainedModel):
             )
         return (torch.arange(length, device=device) + past_length)[None]
 
-    def _embed(self, embeddings: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def _embed(
+        self, embeddings: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, dropout_keys: Tensor | None
+    ) -> Tensor:
         if self.config.type_vocab_size:
             if token_type_ids is None:
                 embeddings = embeddings + self.embed_token_types.weight[0]
@@ -214,7 +220,7 @@ class LoomModel(LoomPreTrainedModel):
         if self.config.embedding_norm:
             embeddings = self.embed_norm(embeddings)
         if self.training and self.config.embedding_dropout > 0.0:
-            embeddings = functional.dropout(embeddings, p=self.config.embedding_dropout)
+            embeddings = dropout(embeddings, self.config.embedding_dropout, dropout_keys, EMBEDDING_SITE)
         return embeddings
 
     def _rotary(self, position_ids: Tensor) -> dict[str, RotaryTables]:

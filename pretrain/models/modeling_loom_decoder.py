@@ -56,6 +56,7 @@ class LoomDecoderForCausalLM(LoomPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
+        dropout_keys: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Targets -> loss; logits (B, kept positions, vocabulary).
@@ -63,7 +64,8 @@ class LoomDecoderForCausalLM(LoomPreTrainedModel, GenerationMixin):
         shift_labels (B, L): shift_labels[b, t] is the target of position t, -100 for none. labels (B, L): unshifted,
         as transformers' classes take them; shifted here, never across `document_ids`. The loss is summed over targets
         and divided by `num_items_in_batch`, or by the number of targets. `return_logits` None means: not while
-        training with targets; then head and loss run in chunks and `logits` is None.
+        training with targets; then head and loss run in chunks and `logits` is None. dropout_keys (B,): see
+        `LoomModel.forward`.
         """
         if labels is not None and shift_labels is None:
             shift_labels = shift_targets(labels, document_ids)
@@ -75,6 +77,7 @@ class LoomDecoderForCausalLM(LoomPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            dropout_keys=dropout_keys,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -124,6 +127,7 @@ class LoomDecoderForSequenceClassification(LoomPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        dropout_keys: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """labels (B,) or (B, num_labels) -> loss by `config.problem_type`, logits (B, num_labels) of the last token."""
@@ -134,6 +138,7 @@ class LoomDecoderForSequenceClassification(LoomPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            dropout_keys=dropout_keys,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

@@ -51,13 +51,14 @@ class LoomEncoderForMaskedLM(LoomPreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
         return_logits: bool | None = None,
+        dropout_keys: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """labels (B, L): target ids, -100 elsewhere -> loss over the targets, logits (B, L, vocabulary).
 
         The loss is summed over targets and divided by `num_items_in_batch`, or by the number of targets.
         `return_logits` None means: not while training with labels. Without logits the head sees target positions
-        alone, in chunks, and `logits` is None.
+        alone, in chunks, and `logits` is None. dropout_keys (B,): see `LoomModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -66,6 +67,7 @@ class LoomEncoderForMaskedLM(LoomPreTrainedModel):
             document_ids=document_ids,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
+            dropout_keys=dropout_keys,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -114,6 +116,7 @@ class LoomEncoderForSequenceClassification(LoomPreTrainedModel):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """labels (B,) or (B, num_labels) -> loss by `config.problem_type`, logits (B, num_labels)."""
@@ -123,6 +126,7 @@ class LoomEncoderForSequenceClassification(LoomPreTrainedModel):
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
+            dropout_keys=dropout_keys,
             **kwargs,
         )
         pooled = self._pool(outputs.last_hidden_state, attention_mask)

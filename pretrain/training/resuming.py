@@ -29,6 +29,8 @@ def take_up(
     rates: Mapping[str, tuple[float, float]],
     arithmetic: str,
     allow: Collection[str] = (),
+    attention_dropout: float | None = None,
+    processes: tuple[int, int] | None = None,
 ) -> list[str]:
     """Move `progress`, as a checkpoint gave it, to the configuration that is wanted now; return what to announce.
 
@@ -40,11 +42,13 @@ def take_up(
         rates: peak learning rates by optimizer group, (the checkpoint's, the one wanted now).
         arithmetic: precision and device as they are resolved now.
         allow: keys, or whole sections, that may change.
+        attention_dropout: the model's, where it has one; else the configuration's.
+        processes: of the job, (the checkpoint's, now).
 
     Raises:
         ChangedConfigError: when a change is not allowed, or the run has no steps left that it could touch.
     """
-    changes = changes_at_resume(old, config, allow)
+    changes = changes_at_resume(old, config, allow, attention_dropout=attention_dropout, processes=processes)
     before = progress.total_steps
     lines = [f"{change}: from step {progress.step + 1:,} on; {change.rule.reason}" for change in changes]
     if any(change.key in _BUDGETS for change in changes):

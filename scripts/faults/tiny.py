@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# What a resumed run must draw again is switched on: dropout and masks, both from the seed and the row. Attention dropout
-# alone draws from torch's generator: runs that are about it set it.
+# What a resumed run must draw again is switched on: dropout and masks, both from the seed and the row. Attention
+# dropout alone draws from torch's generator: runs that are about it set it.
 SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"sequence_length": 32},
     "model": {
