@@ -1,7 +1,8 @@
 """Optimizers: AdamW, StableAdamW, and Muon for the hidden matrices with AdamW for everything else.
 
 What lives here: which parameter goes into which group, and the update rules. What must not: learning-rate schedules
-(they scale `initial_lr` from outside), saving, models.
+(they scale `initial_lr` from outside), saving, models, and where the parts of a split parameter lie
+(`sharded_optim.py`): the rules hold for whole parameters, shards and flat buffers alike.
 
 Groups, by name:
     muon           2-D weights of linear layers inside the stack of layers (only with `name: muon`)
@@ -15,7 +16,7 @@ State, a tensor for each parameter: `step`, and `exp_avg`, `exp_avg_sq` (Adam) o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pretrain.config import OptimizerConfig
+from pretrain.training.sharded_optim import FlatLayout, Matrix, local, matrices_of, sum_of_parts
 
 MUON, ADAM_DECAY, ADAM_NO_DECAY = "muon", "adam_decay", "adam_no_decay"
 DEFAULT_ADAM_LR = 3e-3
@@ -137,6 +139,9 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (Jordan et al. 2024): EMA of the gradient, Nesterov, the nearest semi-orthogonal matrix by five Newton-Schulz
     steps, scaled by sqrt(max(1, out / in)), decoupled weight decay. AdamW is torch's own kernel, bit for bit.
 
+    A parameter may be split over ranks: shards (DTensor) are known by themselves, of a flat buffer an engine says in
+    `layouts` what it is made of. Momentum and AdamW stay with the part; each matrix is gathered for Newton-Schulz.
+
     Args:
         params: groups with `name`, `lr`, `weight_decay`; a "muon" group holds 2-D parameters alone, and may hold
             `transposed`, a flag for each: whether its weight is (in, out) rather than torch's (out, in).
@@ -160,6 +165,7 @@ class MuonAdamW(torch.optim.Optimizer):
         defaults = {"betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0, "fused": fused}
         super().__init__(params, defaults)
         self.compute_dtype = compute_dtype
+        self.layouts: dict[Tensor, FlatLayout] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group["name"] == MUON and parameter.ndim != 2:
@@ -181,13 +187,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _adam(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:  # an engine may hand over one group at a time
+            return
         states = [self._adam_state(parameter, group) for parameter in parameters]
         beta1, beta2 = group["betas"]
         adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(parameter) for parameter in parameters],
+            [local(parameter.grad) for parameter in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=group["fused"],
@@ -208,45 +216,57 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _muon(self, group: dict[str, Any]) -> None:
         flags = group.get("transposed") or [False] * len(group["params"])
-        members = [(p, flag) for p, flag in zip(group["params"], flags, strict=True) if p.grad is not None]
         decay = 1.0 - group["lr"] * group["weight_decay"]
-        for chunk in _alike(members):
-            updates = [self._momentum(parameter, group) for parameter, _ in chunk]
-            stack = torch.stack([update.mT if _is_tall(update) else update for update in updates])  # (K, short, long)
+        for chunk in _alike(self._matrices(group, flags)):
+            gathered = [(matrix, matrix.whole(_look_ahead(matrix, group["momentum"]))) for matrix in chunk]
+            held = [(matrix, update) for matrix, update in gathered if update is not None]
+            if not held:  # other ranks' matrices
+                continue
+            stack = torch.stack([update.mT if _is_tall(update.shape) else update for _, update in held])  # (K, M, N)
             directions = orthogonalize(stack, self.compute_dtype)
-            for (parameter, transposed), direction in zip(chunk, directions, strict=True):
-                fan_out, fan_in = reversed(parameter.shape) if transposed else parameter.shape
-                parameter.mul_(decay).add_(
-                    (direction.mT if _is_tall(parameter) else direction).to(parameter.dtype),
+            for (matrix, _), direction in zip(held, directions, strict=True):
+                fan_out, fan_in = reversed(matrix.shape) if matrix.transposed else matrix.shape
+                upright = direction.mT if _is_tall(matrix.shape) else direction
+                matrix.weight.mul_(decay).add_(
+                    matrix.part(upright.to(matrix.weight.dtype)),
                     alpha=-group["lr"] * math.sqrt(max(1.0, fan_out / fan_in)),
                 )
 
-    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Advance the running mean of the gradient; return it with Nesterov's look ahead."""
-        gradient = parameter.grad
-        assert gradient is not None
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["step"] = torch.zeros((), device=parameter.device if group["fused"] else None)
-        state["step"] += 1
-        mean: Tensor = state["momentum_buffer"].lerp_(gradient, 1.0 - group["momentum"])
-        ahead: Tensor = gradient.lerp(mean, group["momentum"])
-        return ahead
+    def _matrices(self, group: dict[str, Any], flags: list[bool]) -> list[Matrix]:
+        """The matrices of a group that have a gradient; their step is counted."""
+        found: list[Matrix] = []
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["step"] = torch.zeros((), device=parameter.device if group["fused"] else None)
+            state["step"] += 1
+            layout = self.layouts.get(parameter)
+            transposed = layout is None and flags[index]
+            found += matrices_of(parameter, parameter.grad, state["momentum_buffer"], transposed, layout)
+        return found
 
 
-def _is_tall(matrix: Tensor) -> bool:
-    return matrix.shape[0] > matrix.shape[1]
+def _look_ahead(matrix: Matrix, momentum: float) -> Tensor:
+    """Advance the running mean of the gradient; return it with Nesterov's look ahead."""
+    mean = matrix.mean.lerp_(matrix.gradient, 1.0 - momentum)
+    return matrix.gradient.lerp(mean, momentum)
 
 
-def _alike(members: list[tuple[Tensor, bool]]) -> Iterator[list[tuple[Tensor, bool]]]:
+def _is_tall(shape: Sequence[int]) -> bool:
+    return shape[0] > shape[1]
+
+
+def _alike(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
     """Lists of matrices that can be stacked (same sides, dtype, device), each within the memory bound."""
-    by_shape: dict[tuple[Any, ...], list[tuple[Tensor, bool]]] = {}
-    for parameter, transposed in members:
-        key = (*sorted(parameter.shape), parameter.dtype, parameter.device)
-        by_shape.setdefault(key, []).append((parameter, transposed))
+    by_shape: dict[tuple[Any, ...], list[Matrix]] = {}
+    for matrix in matrices:
+        key = (*sorted(matrix.shape), matrix.weight.dtype, matrix.weight.device)
+        by_shape.setdefault(key, []).append(matrix)
     for alike in by_shape.values():
-        count = max(1, _STACK_ELEMENTS // alike[0][0].numel())
+        count = max(1, _STACK_ELEMENTS // math.prod(alike[0].shape))
         for start in range(0, len(alike), count):
             yield alike[start : start + count]
 
@@ -302,6 +322,8 @@ class StableAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"betas": betas, "eps": eps, "weight_decay": 0.0})
 
+        self.layouts: dict[Tensor, FlatLayout] = {}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
@@ -322,12 +344,28 @@ class StableAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         state["step"] += 1
         step = state["step"].item()  # on the CPU: no wait for the device
-        first = state["exp_avg"].lerp_(gradient, 1.0 - beta1) / (1.0 - beta1**step)
-        second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2) / (1.0 - beta2**step)
-        excess = (gradient.square() / second.clamp_min(group["eps"] ** 2)).mean().sqrt()
-        lr = group["lr"] / excess.clamp_min(1.0)  # 0-d, on the device
-        parameter.mul_(1.0 - lr * group["weight_decay"])
-        parameter.sub_(first.div_(second.sqrt_().add_(group["eps"])).mul_(lr))
+        weight, gradient = local(parameter), local(gradient)
+        first = local(state["exp_avg"]).lerp_(gradient, 1.0 - beta1) / (1.0 - beta1**step)
+        second = local(state["exp_avg_sq"]).mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        second = second / (1.0 - beta2**step)
+        excess = gradient.square() / second.clamp_min(group["eps"] ** 2)
+        update = first.div_(second.sqrt_().add_(group["eps"]))
+        layout = self.layouts.get(parameter)
+        if layout is None:
+            square = sum_of_parts(excess.sum(), parameter) / parameter.numel()
+            _shrunk(weight, update, square, group)
+            return
+        sums = layout.sum(torch.stack([piece.of_flat(excess).sum() for piece in layout.pieces]))
+        for piece, total in zip(layout.pieces, sums, strict=True):
+            square = total / math.prod(piece.shape)
+            _shrunk(piece.of_flat(weight), piece.of_flat(update), square, group)
+
+
+def _shrunk(weight: Tensor, update: Tensor, square: Tensor, group: dict[str, Any]) -> None:
+    """Make the update of one parameter, given the mean square of its gradient over what is expected."""
+    lr = group["lr"] / square.sqrt().clamp_min(1.0)  # 0-d, on the device
+    weight.mul_(1.0 - lr * group["weight_decay"])
+    weight.sub_(update.mul_(lr))
 
 
 def adam_state(parameter: Tensor, step_device: torch.device | None = None) -> dict[str, Tensor]:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.utils.hooks import RemovableHandle
 
 from pretrain.training.engines.base import Engine, Judge
@@ -30,6 +32,10 @@ __all__ = ["ZeroEngine", "make_accelerator"]
 _SCALE, _GROWTH, _BACKOFF, _INTERVAL = 65536.0, 2.0, 0.5, 2000
 
 
+def _groups() -> list[Any]:
+    return list(distributed_c10d._world.pg_map)
+
+
 class ZeroEngine(Engine):
     """Optimizer state (1), gradients (2) and weights (3) split over the ranks."""
 
@@ -38,6 +44,7 @@ class ZeroEngine(Engine):
         names = parameter_names(self.bare)
         self._members = [list(group["params"]) for group in self.optimizer.param_groups]
         self._content: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        self._bound_bucket()
         transposed = frozenset(
             parameter
             for group in self.optimizer.param_groups
@@ -62,12 +69,21 @@ class ZeroEngine(Engine):
             self._set_scale(_SCALE)
         return self._engine
 
+    def _bound_bucket(self) -> None:
+        """A buffer for the gradients of more than the whole model is memory wasted."""
+        section = self._content["zero_optimization"]
+        elements = sum(parameter.numel() for members in self._members for parameter in members)
+        section["reduce_bucket_size"] = min(int(section["reduce_bucket_size"]), elements)
+
     def _initialize(self) -> Any:
         # What an engine before this one in the process may have left.
-        autocast = importlib.import_module("deepspeed.runtime.torch_autocast")
+        autocast: Any = importlib.import_module("deepspeed.runtime.torch_autocast")
         autocast.TORCH_AUTOCAST_INITIALIZED, autocast.TORCH_AUTOCAST_DTYPE = False, None
+        before = set(_groups())
         with quiet():
             engine, _ = self.accelerator.prepare(self.bare, self.optimizer)
+        for group in set(_groups()) - before:  # DeepSpeed's own groups would wait for half an hour
+            distributed_c10d._set_pg_timeout(timedelta(seconds=self.config.ddp_timeout), group)
         return engine
 
     def _ask_before_updates(self) -> None:
@@ -90,7 +106,8 @@ class ZeroEngine(Engine):
         return total if update else torch.full_like(total, math.inf)
 
     def _watch(self, parameter: nn.Parameter, name: str) -> RemovableHandle:
-        handle: RemovableHandle = parameter.register_hook(lambda _: self._without_gradient.discard(name))
+        watched: Any = parameter
+        handle: RemovableHandle = watched.register_hook(lambda _: self._without_gradient.discard(name))
         return handle
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -205,9 +222,8 @@ class ZeroEngine(Engine):
         self.check_weights(parameters)
         wanted = fitting_state(self.groups(), self.shapes(), state)
         self._store.fit(wanted)
-        for name in self.names():
-            self._store.write(self._parameters[name], parameters[name])
-        self._store.load_state(
+        self._store.load_weights(parameters)
+        self._store.load_optimizer(
             self.optimizer, wanted, lambda group, flat, tensors: put_state(self.optimizer, group, flat, tensors)
         )
 

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -298,11 +299,19 @@ def load_deepspeed(strategy: str, *, cpu: bool) -> Any:
             f"train.strategy: {strategy} needs DeepSpeed, which cannot be imported here ({error}); repair it with "
             'pip install --force-reinstall --no-deps "deepspeed>=0.19", or use fsdp2'
         ) from error
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    # DeepSpeed calls functions that torch has given new names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if cpu:
         # Kernels for inference on a CPU: they would be compiled at start, and nothing here calls them.
         operators = importlib.import_module("deepspeed.ops")
         operators.__dict__["__compatible_ops__"] = {}
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A step without an update is told by the run's guard; DeepSpeed would call each an overflow."""
+    return "OVERFLOW!" not in record.getMessage()
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class ZeroStore:
     """
 
     def __init__(
-        self, zero: Any, stage: int, names: Mapping[Tensor, str], transposed: frozenset[Tensor], device: torch.device
+        self, zero: Any, stage: int, names: Mapping[Any, str], transposed: frozenset[Tensor], device: torch.device
     ) -> None:
         self.zero = zero
         self.stage = stage
@@ -104,7 +104,7 @@ class ZeroStore:
 
     # --- out --------------------------------------------------------------------------------------------------------
 
-    def parameter(self, parameter: nn.Parameter) -> Tensor:
+    def parameter(self, parameter: Tensor) -> Tensor:
         """A whole weight, fp32. All ranks call it together. The working weights of an fp32 model are its masters."""
         if self.stage < 3:
             return parameter.detach()
@@ -127,19 +127,23 @@ class ZeroStore:
     # --- in ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        """Take up a whole weight: the working weights, and the masters of one that is trained."""
-        if self.stage < 3:
-            parameter.copy_(whole)
-        else:
-            self._write_partition(parameter, whole)
-        place = self.places.get(self.names[parameter])
-        if place is not None:
-            place.piece.of_flat(place.buffer.flat).copy_(place.piece.of_whole(whole))
+    def load_weights(self, wanted: Mapping[str, Tensor]) -> None:
+        """Take up whole weights: the working weights, and the masters of those that are trained."""
+        if self.stage == 3:
+            self.zero._partition_all_parameters()
+        for parameter, name in self.names.items():
+            whole = wanted[name]
+            if self.stage < 3:
+                parameter.copy_(whole)
+            else:
+                self._write_partition(parameter, whole)
+            place = self.places.get(name)
+            if place is not None:
+                place.piece.of_flat(place.buffer.flat).copy_(place.piece.of_whole(whole))
+        if self.stage == 3 and self.zero.persistent_parameters:  # small ones stay whole on every rank
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def _write_partition(self, parameter: Any, whole: Tensor) -> None:
-        if parameter.ds_status.name == "AVAILABLE":  # small ones stay whole on every rank between steps
-            parameter.data.copy_(whole)
         process_group = getattr(parameter, "ds_process_group", None)
         rank, world = distributed.get_rank(process_group), distributed.get_world_size(process_group)
         (piece,) = spread_pieces([Member("", whole_shape(parameter))], rank, world)
@@ -162,7 +166,7 @@ class ZeroStore:
                     )
 
     @torch.no_grad()
-    def load_state(
+    def load_optimizer(
         self,
         optimizer: torch.optim.Optimizer,
         wanted: Mapping[str, Mapping[str, Tensor]],
