@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -36,12 +36,28 @@ AllowChange = Annotated[
         "--allow-change", metavar="KEY", help="go on from a checkpoint although this key differs from its own (repeat)"
     ),
 ]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="training processes on this machine; default: train.processes, else 1")
+]
+Supervise = Annotated[
+    bool,
+    typer.Option(
+        "--supervise", help="start training again when a process fails or hangs; three failures at one step end it"
+    ),
+]
+MaxRestarts = Annotated[int, typer.Option(min=0, help="--supervise: in a row without a newer checkpoint")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, or a Hub name")]
 ModelDirectory = Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face model directory")]
 
 
+def _rank() -> int:
+    """Of this process in the job that a launcher started; 0 without one."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+
+
 def _console() -> Console:
-    return Console(stderr=True, soft_wrap=True)
+    """Where progress is shown: by one process of a job."""
+    return Console(stderr=True, soft_wrap=True, quiet=_rank() != 0)
 
 
 @contextmanager
@@ -64,10 +80,46 @@ def _config(name: str, overrides: list[str] | None) -> RunConfig:
 def _own_config(name: str, overrides: list[str] | None) -> RunConfig:
     """The configuration of a verb that writes into its run; a second process there is told before torch is loaded."""
     config = _config(name, overrides)
-    if config.directory.is_dir():
+    if config.directory.is_dir() and _rank() == 0:
         with lock_directory(config.directory):
             pass
     return config
+
+
+def _launcher(
+    name: str,
+    overrides: list[str] | None,
+    config: RunConfig,
+    processes: int | None,
+    supervise: bool,
+    max_restarts: int,
+    allow_change: list[str] | None,
+) -> Callable[[str], int] | None:
+    """What trains in processes of their own, given a value of `--resume`; None to train in this one.
+
+    Raises:
+        ValueError: when processes, or a supervisor, are asked for where another launcher has started this process.
+    """
+    from pretrain import launch as verb
+
+    if verb.started_by_launcher():
+        if processes is not None or supervise:
+            raise ValueError("--processes and --supervise: another launcher has started this process; leave them out")
+        return None
+    number = processes or config.train.processes or 1
+    if number == 1 and not supervise:
+        return None
+    words = list(overrides or ())
+    if config.train.processes not in (None, number):
+        words.append(f"train.processes={number}")
+    return lambda resume: verb.launch(
+        config,
+        lambda resume: verb.train_command(name, words, resume=resume, allow_changes=allow_change or ()),
+        processes=number,
+        resume=resume,
+        supervision=verb.Supervision(max_restarts) if supervise else None,
+        console=_console(),
+    )
 
 
 @app.command()
@@ -77,15 +129,26 @@ def run(
     fresh: Annotated[bool, typer.Option(help="archive what lies under this name, and start anew")] = False,
     dry_run: Annotated[bool, typer.Option(help="one step of everything; print memory and ETA; leave nothing")] = False,
     allow_change: AllowChange = None,
+    processes: Processes = None,
+    supervise: Supervise = False,
+    max_restarts: MaxRestarts = 10,
 ) -> None:
     """All stages: tokenizer, data, training, evaluation, export. What is made and unchanged is skipped."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "run makes its stages in one process, and was launched as several; use `pretrain run CONFIG "
+            "--processes N`, or launch `pretrain train CONFIG` once the data are prepared"
+        )
     resolved = _config(config, overrides) if dry_run else _own_config(config, overrides)
+    launched = _launcher(config, overrides, resolved, processes, supervise, max_restarts, allow_change)
     from pretrain import run as verb
 
     with _going_on():
         if dry_run:
             verb.dry_run(resolved, console=_console())
-        elif code := verb.run(resolved, fresh=fresh, allow_changes=allow_change or (), console=_console()):
+        elif code := verb.run(
+            resolved, fresh=fresh, allow_changes=allow_change or (), launch=launched, console=_console()
+        ):
             raise typer.Exit(code)
 
 
@@ -117,13 +180,22 @@ def train(
         str, typer.Option(help="auto: go on from the newest checkpoint; never: refuse if there is one")
     ] = "auto",
     allow_change: AllowChange = None,
+    processes: Processes = None,
+    supervise: Supervise = False,
+    max_restarts: MaxRestarts = 10,
 ) -> None:
     """Pretrain on the prepared shards. Goes on where an earlier call stopped."""
     resolved, allowed = _own_config(config, overrides), allow_change or ()
+    if launched := _launcher(config, overrides, resolved, processes, supervise, max_restarts, allow_change):
+        raise typer.Exit(launched(resume))
     from pretrain import train as verb
+    from pretrain.training.engines.job import close_job
 
     with _going_on():
-        raise typer.Exit(verb.train(resolved, resume=resume, allow_changes=allowed, console=_console()))
+        code = verb.train(resolved, resume=resume, allow_changes=allowed, console=_console())
+    close_job()
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -145,6 +217,48 @@ def inspect(
         verb.show(inspected, Console(), rows=rows)
     else:
         _console().print(f"{verb.write_page(inspected, html, rows=rows):,} rows: {html}", markup=False)
+
+
+@app.command()
+def plan(
+    config: ConfigName,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="h200, a100-40gb, rtx-4090, ...; an unknown name lists them all")] = "h100",
+    gpus: Annotated[int | None, typer.Option(help="of all nodes together; default: train.processes, else 1")] = None,
+    nodes: Annotated[int, typer.Option(help="that the GPUs are spread over")] = 1,
+    memory_gib: Annotated[float | None, typer.Option(min=0.1, help="of a GPU")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(min=0.001, help="dense, bf16")] = None,
+    bandwidth_gbs: Annotated[float | None, typer.Option(min=0.1, help="of a GPU's memory, GB/s")] = None,
+    link_gbs: Annotated[float | None, typer.Option(min=0.001, help="between GPUs of a node, one way, GB/s")] = None,
+    network_gbps: Annotated[float | None, typer.Option(min=0.001, help="between nodes, a GPU's share, Gb/s")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="of a GPU an hour")] = None,
+    assume: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="another assumption, as the plan lists them (repeat)")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="write the plan as JSON here, too")] = None,
+) -> None:
+    """Memory, speed, time, cost and failures of a run on GPUs that are not here. Needs no data; changes nothing."""
+    resolved = _config(config, overrides)
+    from pretrain import plan as verb
+    from pretrain.planning.gpus import find_gpu
+
+    found = find_gpu(
+        gpu,
+        memory_gib=memory_gib,
+        peak_tflops=peak_tflops,
+        bandwidth=bandwidth_gbs,
+        link=link_gbs,
+        network=network_gbps,
+        price=price,
+    )
+    wanted = gpus if gpus is not None else resolved.train.processes or 1
+    machine = verb.Machine.of(found, wanted, nodes, assume or ())
+    made = verb.make_plan(resolved, machine)
+    if output is not None:
+        verb.write_plan(made, output)
+    verb.show(made, Console(soft_wrap=True))
+    if made["chosen"] is None:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -311,8 +425,10 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
-    pass
+    if local_rank is not None:  # the deepspeed launcher puts it before the verb
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
 def main() -> None:
@@ -340,7 +456,7 @@ def main() -> None:
             sys.exit(128 + stopped[0])
         if isinstance(error, ImportError) or os.environ.get("PRETRAIN_DEBUG"):
             raise
-        console = _console()
+        console = Console(stderr=True, soft_wrap=True, quiet=getattr(error, "told_elsewhere", False))
         console.print("error:", style="bold red", end=" ")
         console.print(str(error), markup=False, highlight=False)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, ConnectionError) else 2)

@@ -136,7 +136,8 @@ def read_beats(directory: Path) -> dict[int, Beat]:
     for path in sorted(directory.glob("rank-*")):
         digits = path.name.removeprefix("rank-")
         try:
-            beat = Beat(**json.loads(path.read_bytes()))
+            with path.open("rb") as file:
+                beat = Beat(**json.loads(file.read(_WIDTH)))
         except (OSError, ValueError, TypeError):
             continue
         if digits.isdecimal() and beat.phase in get_args(Phase):

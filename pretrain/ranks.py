@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -20,12 +22,14 @@ import torch
 from torch import distributed
 
 
-class LostRankError(RuntimeError):
+class LostRankError(ConnectionError):
     """Another process of the job is gone, or did not answer within `train.ddp_timeout`."""
 
 
 class OtherRankError(ValueError):
     """Something failed on another process, which has said what; this one ends with it."""
+
+    told_elsewhere = True
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,30 @@ class Ranks:
                 raise OtherRankError(f"rank {rank}: {message}")
 
     def _wait(self, collective: Callable[[], Any]) -> None:
-        try:
+        with self.missed():
             collective()
+
+    @contextmanager
+    def missed(self) -> Iterator[None]:
+        """Say in plain words when another process is missed, whichever collective it is that finds it out.
+
+        Raises:
+            LostRankError: in place of the backend's error.
+        """
+        try:
+            yield
         except RuntimeError as error:
+            if self.world == 1 or not _of_connection(error):
+                raise
             raise LostRankError(
                 f"rank {self.rank} lost the other processes of the job ({str(error).splitlines()[0]}); run the same "
-                "command again to go on from the newest checkpoint, and look at the logs of the rank that ended first"
+                "command again to go on from the newest checkpoint, and look at what the rank said that ended first"
             ) from error
+
+
+_CONNECTION = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|gloo|nccl|socket", re.IGNORECASE)
+
+
+def _of_connection(error: RuntimeError) -> bool:
+    """Whether a backend's error tells of another process: gloo raises plain errors, known by their words alone."""
+    return isinstance(error, distributed.DistError) or _CONNECTION.search(str(error)) is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ from pretrain.runtime import describe_machine, peak_memory_bytes
 from pretrain.tokenizer import is_trained, train_tokenizer
 from pretrain.train import build_trainer, check, inputs_of, train, trained_with
 from pretrain.training.progress import steps_of
+from pretrain.training.stored import stored_model
 
 _FOLDERS = {"evaluate": "report", "export": "export"}
 _RESULT = {"checkpoint", "tokens", "seconds", "tokens_per_second"}  # what is read of a training's `result.json`
 _DRY_RUN_BYTES = 4_000_000
+_OF_SEVERAL = ("processes", "shard_size", "offload", "deepspeed", "check_replicas")  # keys that the dry run leaves out
 
 
 def run(
@@ -46,6 +48,7 @@ def run(
     *,
     fresh: bool = False,
     allow_changes: Collection[str] = (),
+    launch: Callable[[str], int] | None = None,
     console: Console | None = None,
 ) -> int:
     """Make every artifact of a run that is not there yet; return the exit code (75: stopped and saved).
@@ -55,6 +58,7 @@ def run(
         fresh: archive what lies under this name, and start anew.
         allow_changes: keys of the configuration, or whole sections, that training may go on with although the
             checkpoint had others.
+        launch: trains in processes of their own, given a value of `--resume`; None: training is done in this one.
         console: where progress is shown.
 
     Raises:
@@ -75,11 +79,17 @@ def run(
     _refuse_stale(config)
     with lock_directory(directory):
         update_file(directory / "config.yaml", dump_config(config).encode())
-        for stage in STAGES:
-            if is_made(config, stage):
-                console.print(f"{stage}: made already, unchanged", highlight=False)
-            elif code := _make(config, stage, allow_changes, console):
+    for stage in STAGES:
+        if is_made(config, stage):
+            console.print(f"{stage}: made already, unchanged", highlight=False)
+        elif launch is not None and stage == "train":
+            console.rule(f"[bold]{config.name}: {stage}")
+            if code := launch("auto"):  # the processes own the directory meanwhile
                 return code
+        else:
+            with lock_directory(directory):
+                if code := _make(config, stage, allow_changes, console):
+                    return code
     console.print(summary_table([directory]))
     return 0
 
@@ -141,7 +151,7 @@ def _final_checkpoint(directory: Path) -> Path | None:
     if result is None:
         return None
     path = directory / "train" / "checkpoints" / str(result["checkpoint"])
-    return path if path.is_dir() else None
+    return path if path.is_dir() else stored_model(directory / "train", str(result["checkpoint"]))
 
 
 def _read_result(directory: Path) -> dict[str, Any] | None:
@@ -293,7 +303,8 @@ def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
 
 
 def _trial(config: RunConfig, folder: Path) -> RunConfig:
-    train = config.train.model_copy(update={**dict.fromkeys(BUDGETS), "steps": 1})
+    alone = {**dict.fromkeys(_OF_SEVERAL), "strategy": "auto"}
+    train = config.train.model_copy(update={**dict.fromkeys(BUDGETS), "steps": 1, **alone})
     evaluate = config.evaluate.model_copy(update={"max_tokens": config.train.batch_tokens})
     log = config.log.model_copy(update={"to": ()})
     update = {

@@ -37,8 +37,9 @@ from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, resolve_precision,
 from pretrain.training import checkpoint
 from pretrain.training.engines.job import Job, open_job
 from pretrain.training.optim import build_optimizer as _build_optimizer
+from pretrain.training.places import SAVED_MARK
 from pretrain.training.progress import Result
-from pretrain.training.saving import SAVED_MARK
+from pretrain.training.stored import open_place
 from pretrain.training.trainer import EvaluationContext, EvaluationStopped, Evaluator, Trainer
 
 
@@ -247,9 +248,10 @@ def train(
 
         def look() -> None:
             """What one process of a job does for all of them."""
-            if resume == "never" and checkpoint.list_checkpoints(directory):
+            place = open_place(config, directory)
+            if resume == "never" and place.steps():
                 raise ValueError(
-                    f"--resume never, but `{directory}` holds checkpoints; give another name=, or --resume auto"
+                    f"--resume never, but `{place.name}` holds checkpoints; give another name=, or --resume auto"
                 )
             inputs_of(config)  # a run without tokenizer or data is refused before its directory is made
             verify_run(config, console)
@@ -263,10 +265,11 @@ def train(
                     highlight=False,
                 )
 
-        job.ranks.on_main(look)
-        trainer = build_trainer(config, console=console, job=job)
-        result = trainer.train(allow_changes=allow_changes)
-        code: int = job.ranks.on_main(lambda: report(result, directory, console))
+        with job.ranks.missed():
+            job.ranks.on_main(look)
+            trainer = build_trainer(config, console=console, job=job)
+            result = trainer.train(allow_changes=allow_changes)
+            code: int = job.ranks.on_main(lambda: report(result, directory, console))
         return code
 
 
@@ -276,7 +279,7 @@ def report(result: Result, directory: Path, console: Console) -> int:
     if not result.finished:
         console.print(
             f"stopped by {result.stopped_by} at step {progress.step:,} of {progress.total_steps:,}; saved in "
-            f"{result.checkpoint}; run the same command again to go on",
+            f"{result.where or result.checkpoint}; run the same command again to go on",
             highlight=False,
         )
         return EXIT_STOPPED
@@ -295,7 +298,8 @@ def report(result: Result, directory: Path, console: Console) -> int:
         summary["changes"] = progress.changes
     update_file(directory / "result.json", (json.dumps(summary, indent=2) + "\n").encode())
     console.print(
-        f"trained {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min; {result.checkpoint}", highlight=False
+        f"trained {progress.tokens:,} tokens in {progress.seconds / 60:.1f} min; {result.where or result.checkpoint}",
+        highlight=False,
     )
     if skipped := progress.guard.summary():
         console.print(f"{skipped}; {directory / 'skipped.jsonl'} names the rows", highlight=False)

@@ -3,7 +3,8 @@
     python scripts/bench_gpu.py --out speed.json [--budget SECONDS] [--steps N]
 
 MFU = (6 x multiplied parameters + 12 L T d) x tokens/s over the device's dense peak. The median of the steps after the
-first five is reported. Each case is run eager and compiled, and cases are left out, by name, when the budget is spent.
+first five is reported. Each case is run eager and compiled, one shape by every
+engine with one process, and cases are left out, by name, when the budget is spent.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -32,9 +34,12 @@ from tests.gpu.synthetic import make_run
 
 # name of a shipped run, rows a forward pass, rows a step
 CASES = (("gpt2-small", 32, 64), ("modernbert-base", 32, 64), ("bert-base", 64, 128), ("llama-350m", 8, 16))
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
-def measure(name: str, micro_batch: int, rows: int, *, compiled: bool, steps: int) -> dict[str, Any]:
+def measure(
+    name: str, micro_batch: int, rows: int, *, compiled: bool, steps: int, strategy: str = "single"
+) -> dict[str, Any]:
     """Train some steps of a shipped shape on synthetic tokens; numbers of the median step."""
     shipped = load_config(name)
     length = shipped.data.sequence_length
@@ -54,6 +59,7 @@ def measure(name: str, micro_batch: int, rows: int, *, compiled: bool, steps: in
                 "micro_batch": micro_batch,
                 "precision": "bf16",
                 "compile": compiled,
+                "strategy": strategy,
             },
             checkpoint={"every": 10**9},
         )
@@ -68,7 +74,8 @@ def measure(name: str, micro_batch: int, rows: int, *, compiled: bool, steps: in
     return {
         "run": name,
         "compiled": compiled,
-        "parameters": sum(parameter.numel() for parameter in trainer.engine.bare.parameters()),
+        "strategy": strategy,
+        "parameters": sum(math.prod(shape.shape) for shape in trainer.engine.shapes().values()),
         "sequence_length": length,
         "micro_batch": micro_batch,
         "batch_tokens": rows * length,
@@ -101,26 +108,25 @@ def main() -> int:
         "cases": [],
         "left_out": [],
     }
-    for compiled in (True, False):
-        for name, micro_batch, rows in CASES:
-            label = f"{name}, {'compiled' if compiled else 'eager'}"
-            if time.perf_counter() - began > arguments.budget * 0.8:
-                report["left_out"].append(label)
-                continue
-            try:
-                case = measure(name, micro_batch, rows, compiled=compiled, steps=arguments.steps)
-            except torch.OutOfMemoryError:
-                case = {"run": name, "compiled": compiled, "error": "out of memory"}
-            report["cases"].append(case)
-            speed, mfu = case.get("tokens_per_second", 0.0), case.get("mfu", 0.0)
-            sys.stdout.write(
-                f"{label:32} {speed:12,.0f} tokens/s  MFU {mfu:.3f}  {case.get('memory_gib', 0):.1f} GiB\n"
-            )
-            sys.stdout.flush()
-            arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-            torch.compiler.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
+    cases = [(*case, compiled, "single") for compiled in (True, False) for case in CASES]
+    cases += [(*CASES[0], False, strategy) for strategy in ENGINES]
+    for name, micro_batch, rows, compiled, strategy in cases:
+        label = f"{name}, {'compiled' if compiled else 'eager'}, {strategy}"
+        if time.perf_counter() - began > arguments.budget * 0.8:
+            report["left_out"].append(label)
+            continue
+        try:
+            case = measure(name, micro_batch, rows, compiled=compiled, steps=arguments.steps, strategy=strategy)
+        except (torch.OutOfMemoryError, ImportError, ValueError) as error:
+            case = {"run": name, "compiled": compiled, "strategy": strategy, "error": str(error)}
+        report["cases"].append(case)
+        speed, mfu = case.get("tokens_per_second", 0.0), case.get("mfu", 0.0)
+        sys.stdout.write(f"{label:36} {speed:12,.0f} tokens/s  MFU {mfu:.3f}  {case.get('memory_gib', 0):.1f} GiB\n")
+        sys.stdout.flush()
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
     return 0
 
 

@@ -95,6 +95,10 @@ def race(legs: Sequence[tuple[State, relay.Leg]], folder: Path, *, timeout: floa
     return [found[place] for place in range(len(legs))]
 
 
+Parity = dict[tuple[str, str], dict[State, tuple[float, str]]]
+"""By optimizer and precision: of each state the largest difference of a loss, and what is wrong, if anything is."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """How going on from one state's checkpoint by another went."""
@@ -166,26 +170,34 @@ def relayed(folder: Path, *, steps: int = 20) -> tuple[float, str]:
     return judge(found, straight, first=1)
 
 
-def parity(folder: Path, *, optimizer: str, precision: str = "fp32", steps: int = LONG) -> dict[str, tuple[float, str]]:
-    """Every engine from the first step to the last, with micro-batches of 3 rows, against one process with 4."""
-    sections = {**SECTIONS, "train": {**SECTIONS["train"], "steps": steps, "precision": precision}}
-    sections["optimizer"] = {"name": optimizer, "lr": 1e-2 if optimizer == "muon" else 3e-3}
-    sections["checkpoint"] = {"every": steps}
-    base = tiny.make(folder / f"parity-{optimizer}-{precision}", **sections)
-    runs = {state: tiny.copy(base, folder / f"parity-{optimizer}-{precision}-{state.folder}") for state in STATES}
-    legs = [(STATES[0], leg(base, STATES[0]))]
-    legs += [(state, leg(run, state, "train.micro_batch=3")) for state, run in runs.items()]
-    straight, *others = race(legs, folder / "parity-job")
-    bound = BOUND if precision == "fp32" else BF16_BOUND
-    return {
-        str(state): judge(found, straight, first=1, bound=bound) for state, found in zip(STATES, others, strict=True)
-    }
+COMBINATIONS = (("muon", "fp32"), ("adamw", "fp32"), ("muon", "bf16"), ("adamw", "bf16"))
+
+
+def parity(
+    folder: Path, combinations: Sequence[tuple[str, str]] = COMBINATIONS, *, states: Sequence[State] = STATES
+) -> Parity:
+    """Each engine from the first step to the last, with micro-batches of 3 rows, against one process with 4."""
+    legs: list[tuple[State, relay.Leg]] = []
+    for optimizer, precision in combinations:
+        sections = {**SECTIONS, "train": {**SECTIONS["train"], "steps": LONG, "precision": precision}}
+        sections["optimizer"] = {"name": optimizer, "lr": 1e-2 if optimizer == "muon" else 3e-3}
+        sections["checkpoint"] = {"every": LONG}
+        base = tiny.make(folder / f"{optimizer}-{precision}", **sections)
+        runs = {state: tiny.copy(base, folder / f"{optimizer}-{precision}-{state.folder}") for state in states}
+        legs.append((STATES[0], leg(base, STATES[0])))
+        legs += [(state, leg(run, state, "train.micro_batch=3")) for state, run in runs.items()]
+    found = iter(race(legs, folder / "parity-job"))
+    results: Parity = {}
+    for optimizer, precision in combinations:
+        straight, bound = next(found), BOUND if precision == "fp32" else BF16_BOUND
+        results[optimizer, precision] = {state: judge(next(found), straight, first=1, bound=bound) for state in states}
+    return results
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def page(made: Sequence[Pair], relay_found: tuple[float, str], runs: dict[str, dict[str, tuple[float, str]]]) -> str:
+def page(made: Sequence[Pair], relay_found: tuple[float, str], runs: Parity) -> str:
     """The page, in Markdown."""
     by_pair = {(pair.saved_by, pair.resumed_by): pair for pair in made}
     whole = [pair for pair in made if not pair.problem]
@@ -222,15 +234,15 @@ def page(made: Sequence[Pair], relay_found: tuple[float, str], runs: dict[str, d
         "## From the first step to the last",
         "",
         f"{LONG} steps of each engine with micro-batches of 3 rows against one process with micro-batches of 4; the",
-        f"largest difference of a loss. The bound is {BOUND:g} in fp32 and {BF16_BOUND:g} in bf16, whose rounding makes other",
-        "micro-batches sum up otherwise.",
+        f"largest difference of a loss. The bound is {BOUND:g} in fp32, {BF16_BOUND:g} in bf16, whose rounding makes",
+        "other micro-batches sum up otherwise.",
         "",
         "| | " + " | ".join(map(str, STATES)) + " |",
         "|---" * (len(STATES) + 1) + "|",
     ]
-    for label, found in runs.items():
-        cells_text = [why or f"{value:.1e}" for value, why in (found[str(state)] for state in STATES)]
-        lines.append(f"| {label} | " + " | ".join(cells_text) + " |")
+    for (optimizer, precision), found in runs.items():
+        cells_text = [why or f"{value:.1e}" for value, why in (found[state] for state in STATES)]
+        lines.append(f"| {optimizer}, {precision} | " + " | ".join(cells_text) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -254,11 +266,7 @@ def main() -> int:
         folder = Path(name)
         made = pairs(folder, [(saver, resumer) for saver in STATES for resumer in STATES])
         found = relayed(folder)
-        runs = {
-            f"{optimizer}, {precision}": parity(folder, optimizer=optimizer, precision=precision)
-            for optimizer in ("muon", "adamw")
-            for precision in ("fp32", "bf16")
-        }
+        runs = parity(folder)
     out.write_text(page(made, found, runs), encoding="utf-8")
     problems = [pair for pair in made if pair.problem]
     wrong = [why for results in runs.values() for _, why in results.values() if why]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
+from pretrain import cli
 from pretrain.config import load_config
 
 
-def pretrain(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pretrain", *arguments], capture_output=True, text=True, check=False)
+def pretrain(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pretrain", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_help_imports_no_torch() -> None:
@@ -47,3 +52,55 @@ def test_schema_accepts_what_the_loader_accepts() -> None:
 @pytest.mark.parametrize("flag", ["--version", "--help"])
 def test_flags(flag: str) -> None:
     assert pretrain(flag).returncode == 0
+
+
+def test_options_of_launching() -> None:
+    """They are for a process that nothing else launched; the deepspeed launcher puts its own before the verb."""
+    variables = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    for options in (["--processes", "2"], ["--supervise"]):
+        done = pretrain("train", "quickstart-gpt", *options, environment=variables)
+        assert done.returncode == 2
+        assert "another launcher has started this process" in done.stderr
+    done = pretrain("run", "quickstart-gpt", environment=variables)
+    assert done.returncode == 2
+    assert "pretrain run CONFIG --processes N" in " ".join(done.stderr.split())
+    done = pretrain("--local_rank=0", "train", "quickstart-gpt", "train.minuts=3")
+    assert "train.minuts" in done.stderr
+    assert "local_rank" not in pretrain("--help").stdout
+
+
+def test_missing_data_are_said_before_anything_is_launched(tmp_path: Path) -> None:
+    done = pretrain("train", "quickstart-gpt", f"out={tmp_path}", "--processes", "2")
+    assert done.returncode == 2
+    assert "holds no tokenizer" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_launching_needs_no_torch() -> None:
+    code = "import sys, pretrain.launch; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "configured", "launched"),
+    [(None, None, None), (1, None, None), (2, None, (2, [])), (None, 3, (3, [])), (2, 3, (2, ["train.processes=2"]))],
+)
+def test_how_many_processes_are_launched(
+    given: int | None, configured: int | None, launched: tuple[int, list[str]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    asked: list[tuple[int, list[str]]] = []
+
+    def launch(config: object, command: Callable[[str], list[str]], *, processes: int, **rest: object) -> int:
+        words = command("auto")
+        asked.append((processes, [word for word in words if "processes" in word]))
+        return 0
+
+    monkeypatch.setattr("pretrain.launch.launch", launch)
+    overrides = [] if configured is None else [f"train.processes={configured}"]
+    config = load_config("quickstart-gpt", overrides)
+    found = cli._launcher("quickstart-gpt", [], config, given, False, 10, None)
+    if found is not None:
+        found("auto")
+    assert asked == ([] if launched is None else [launched])

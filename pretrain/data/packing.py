@@ -285,9 +285,9 @@ def plan_directory(split_directory: Path, spec: PackingSpec, shard_digests: Sequ
     return split_directory / f"packing-{spec.layout}-{spec.sequence_length}-{key[:12]}"
 
 
-def write_plan(directory: Path, plan: PackingPlan, shard_digests: Sequence[str]) -> None:
+def write_plan(directory: Path, plan: PackingPlan, shard_digests: Sequence[str], *, replace: bool = True) -> None:
     """Write a plan as an artifact of its own: rows.npy, pieces.npy, manifest.json."""
-    with commit_directory(directory, replace=True) as temporary:
+    with commit_directory(directory, replace=replace) as temporary:
         digests = {
             name: _write_npy(temporary / name, array)
             for name, array in (("rows.npy", plan.rows), ("pieces.npy", plan.pieces))
@@ -315,7 +315,11 @@ def load_or_plan(split_directory: Path, spec: PackingSpec, store: TokenStore, *,
         plan = plan_packing(store.document_lengths(), spec)
         if not keep or not os.access(split_directory, os.W_OK):
             return plan
-        write_plan(directory, plan, digests)
+        try:
+            write_plan(directory, plan, digests, replace=False)
+        except (ArtifactError, OSError):
+            if not directory.is_dir():  # else another process of the job has made the same plan meanwhile
+                raise
     return read_plan(directory, spec)
 
 

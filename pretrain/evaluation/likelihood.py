@@ -85,6 +85,8 @@ def evaluate_batches(
                 # The fused head and loss: the logits of the whole batch never exist at once.
                 output = model(**tensors, shift_labels=targets, num_items_in_batch=1, return_logits=False)
                 total += float(output.loss)
+            elif not number and ranks is not None and ranks.world > 1:
+                model(**_for_forward(model, tensors))  # nothing to score, but sharded engines meet in each pass
             else:
                 losses, right = target_scores(model, _for_forward(model, tensors), targets)
                 total += float(losses.double().sum())

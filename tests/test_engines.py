@@ -1,0 +1,98 @@
+"""One trajectory on any engine: the same rows, rates and losses however the work is split, and from any checkpoint.
+
+`python scripts/elastic.py docs/elastic.md` makes all 121 pairs of the matrix; the six here go once around the engines.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import elastic
+import pytest
+import tiny
+from elastic import SECTIONS, STATES, State
+
+PAIRS = (
+    (State("single", 1), State("zero3", 2)),
+    (State("zero3", 2), State("fsdp2", 2)),
+    (State("fsdp2", 2), State("ddp", 2)),
+    (State("ddp", 2), State("zero1", 2)),
+    (State("zero2", 2), State("single", 1)),
+    (State("zero1", 1), State("fsdp2", 1)),
+)
+
+
+def test_six_pairs_of_the_matrix(tmp_path: Path) -> None:
+    for pair in elastic.pairs(tmp_path, PAIRS):
+        assert not pair.problem, f"{pair.saved_by} -> {pair.resumed_by}: {pair.problem}"
+        assert pair.loss <= elastic.BOUND
+        assert pair.compared > 100
+
+
+def test_a_relay_of_four_engines_is_one_run(tmp_path: Path) -> None:
+    loss, problem = elastic.relayed(tmp_path)
+    assert not problem
+    assert loss <= elastic.BOUND
+
+
+def test_every_engine_makes_the_same_run(tmp_path: Path) -> None:
+    """50 steps, both optimizers in fp32, Muon in bf16; two processes, and one of each kind of engine."""
+    states = [state for state in STATES if state.processes == 2 or state.strategy in ("fsdp2", "zero3")]
+    for combination, found in elastic.parity(tmp_path, elastic.COMBINATIONS[:3], states=states).items():
+        for state, (_, problem) in found.items():
+            assert not problem, f"{state}, {combination}: {problem}"
+
+
+def test_more_processes_than_rows_in_a_micro_batch(tmp_path: Path) -> None:
+    """3 rows over 2 processes, one at a time: one of them idles through a micro-batch. Masked targets, BERT."""
+    sections = {
+        "model": {"architecture": "bert", "hidden_dropout": 0.1},
+        "train": {"steps": 8, "batch_tokens": 96, "micro_batch": 1, "precision": "fp32"},
+        "data": {"sequence_length": 32},
+        "evaluate": {"every": 4, "max_tokens": 480},
+    }
+    base = tiny.make(tmp_path / "base", **sections)
+    states = (STATES[0], State("ddp", 2), State("fsdp2", 2), State("zero3", 2))
+    legs = [(state, elastic.leg(tiny.copy(base, tmp_path / state.folder), state)) for state in states]
+    straight, *others = elastic.race(legs, tmp_path / "job")
+    assert not straight.error
+    for state, found in zip(states[1:], others, strict=True):
+        loss, problem = elastic.judge(found, straight, first=1)
+        assert not problem, f"{state}: {problem}"
+        assert loss <= elastic.BOUND
+
+
+def test_a_stop_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
+    base = tiny.make(tmp_path / "base", **SECTIONS)
+    states = [State(strategy, 2) for strategy in ("ddp", "fsdp2", "zero2")]
+    runs = [tiny.copy(base, tmp_path / state.folder) for state in states]
+    legs = [
+        (state, elastic.leg(run, state, stop_after=step, stop_rank=1))
+        for step in (3, 7)
+        for state, run in zip(states, runs, strict=True)
+    ]
+    for (state, leg), found in zip(legs, elastic.race(legs, tmp_path / "job"), strict=True):
+        assert found.code == 75, f"{state} at step {leg.stop_after}: {found.error}"
+        assert max(found.losses) == leg.stop_after
+        assert all(math.isfinite(loss) for loss in found.losses.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("train.strategy=single",), r"single runs on one process, but 2 were launched"),
+        (("train.processes=3",), r"train.processes: 3 were asked for, but this job has 2.*--processes 3"),
+        (("train.batch_tokens=32",), r"1 rows of 32 tokens, fewer than the 2 processes; raise it to 64"),
+    ],
+)
+def test_what_was_launched_must_be_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], words: str
+) -> None:
+    from pretrain.config import load_config
+    from pretrain.strategy import read_launch, resolve_strategy
+
+    run = tiny.make(tmp_path)
+    launch = read_launch({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match=words):
+        resolve_strategy(load_config(run.config, overrides), launch)
