@@ -22,10 +22,15 @@ LEVELS = {
     "files": 2,
     "plugins": 2,
     "changes": 3,
+    "ranks": 3,
+    "stores": 3,
+    "strategy": 3,
+    "heartbeat": 3,
     "runtime": 3,
     "models": 4,
     "data": 4,
     "tokenization": 4,
+    "planning": 4,
     "training": 5,
     "evaluation": 5,
     "interop": 5,
@@ -40,22 +45,27 @@ LEVELS = {
     "fill": 7,
     "inspect": 7,
     "data_report": 7,
+    "plan": 7,
+    "launching": 6,
+    "launch": 7,
     "run": 8,
     "cli": 9,
     "__main__": 10,
 }
 STRANGERS = {"data": {"models", "tokenization"}, "tokenization": {"models", "data"}, "models": {"data", "tokenization"}}
 STRANGERS["training"] = {"models", "data", "tokenization", "interop", "evaluation"}
+STRANGERS["planning"] = {"models", "data", "tokenization"}
 STRANGERS["interop"] = {"data", "tokenization", "training", "evaluation"}
 
 # One door per library: who may import it.
 DOORS = {
-    "accelerate": ("runtime.py", "training/"),
+    "accelerate": ("training/",),
+    "deepspeed": ("training/engines/",),
     "wandb": ("training/metrics.py",),
     "trackio": ("training/metrics.py",),
     "datasets": ("data/reading/documents.py", "data/reading/sources.py", "evaluation/downstream.py"),
     "datatrove": ("data/preparing/", "data/keeping/"),
-    "fsspec": ("data/reading/remote.py",),
+    "fsspec": ("data/reading/remote.py", "stores.py"),
     "huggingface_hub": ("publish.py", "interop/"),  # interop: the error class of transformers' strict configs
     "yaml": ("config.py", "config_text.py"),
     "typer": ("cli.py",),

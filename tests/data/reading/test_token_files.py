@@ -30,6 +30,7 @@ from pretrain.data.vocabulary import ReadyIds
 from pretrain.files import ArtifactError, read_manifest
 from pretrain.models import loom_config, model_from_config
 from pretrain.prepare import is_prepared, prepare_data
+from pretrain.ranks import Ranks
 from pretrain.train import build_evaluators
 
 END = 0
@@ -402,7 +403,9 @@ def test_bits_per_byte_are_left_out_where_bytes_are_not_known(tmp_path) -> None:
         vocabulary = loaded.tokens.vocab_size
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}
         model = model_from_config(loom_config("gpt2", vocab_size=vocabulary, **sizes))
-        scores = build_evaluators(config)["validation"](model, SimpleNamespace(device="cpu", stopping=lambda: False))
+        scores = build_evaluators(config)["validation"](
+            model, SimpleNamespace(device="cpu", stopping=lambda: False, ranks=Ranks.alone())
+        )
         assert scores["loss"] > 0
         assert ("bits_per_byte" in scores) == known
 

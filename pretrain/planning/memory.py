@@ -1,0 +1,277 @@
+"""Memory of one device in a training step, by part, for every way of sharing the work.
+
+What lives here: what each strategy holds, and the moments of a step at which memory can be largest. What must not: what
+a block keeps (`activations`), or which strategy is best (`choice`).
+
+A step is walked moment by moment: the head's forward pass, the start of its backward pass, the backward pass of each
+block, of the embeddings, and the update. The peak is the largest sum, and the parts are those of that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from pretrain.planning.activations import WIDE, Block, Pass, block, head, masks, outside_stack
+from pretrain.planning.facts import ModelFacts
+from pretrain.planning.gpus import GIB
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+STACK_ELEMENTS = 1 << 26  # as `training.optim`, compared by a test
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the state of a job lies on its devices.
+
+    Attributes:
+        strategy: who holds what.
+        world: devices.
+        shard: devices that share one copy; `world`, or fewer with hybrid sharding.
+        offload: "optimizer": its state lies in main memory; "all": parameters, too.
+        zero_bucket: elements of DeepSpeed's bucket.
+    """
+
+    strategy: Strategy = "single"
+    world: int = 1
+    shard: int = 1
+    offload: Literal["optimizer", "all"] | None = None
+    zero_bucket: float = 5e7
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        hybrid = "hybrid " if self.strategy == "fsdp2" and self.shard < self.world else ""
+        return f"{hybrid}{self.strategy}" + (f" + {self.offload} offload" if self.offload else "")
+
+    @property
+    def gathers(self) -> bool:
+        """Whether parameters are whole only while they are used."""
+        return self.strategy in ("fsdp2", "zero3")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of one device at the moment of a step when they are most.
+
+    Attributes:
+        masters: fp32 parameters, the working ones and those of a partition.
+        gradients: fp32.
+        optimizer: moments.
+        buffers: buckets that gradients travel in.
+        gathered: parameters made whole for use.
+        copies: of weights in the compute type.
+        activations: kept for the backward pass.
+        head: logits of one chunk and the head's gradients.
+        workspace: what comes and goes in a backward pass or an update.
+        overhead: context and communicators of the libraries, and what the allocator cannot use.
+        host: bytes of main memory for what is offloaded (not in `total`).
+        moment: of the step.
+    """
+
+    masters: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    buffers: float = 0.0
+    gathered: float = 0.0
+    copies: float = 0.0
+    activations: float = 0.0
+    head: float = 0.0
+    workspace: float = 0.0
+    overhead: float = 0.0
+    host: float = 0.0
+    moment: str = ""
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return self.tensors + self.overhead
+
+    @property
+    def tensors(self) -> float:
+        """Bytes of live tensors."""
+        return float(sum(getattr(self, name) for name in PARTS)) - self.overhead
+
+
+PARTS = tuple(field.name for field in fields(Parts) if field.name not in ("host", "moment"))
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that a device holds all the time, and what its gradients come to."""
+
+    masters: float
+    optimizer: float
+    buffers: float
+    gradients: float
+    host: float
+
+
+def state(facts: ModelFacts, layout: Layout, optimizer: str = "adamw") -> State:
+    """Parameters, moments, buckets, and all gradients once they are there, on the fullest device."""
+    size, trained = float(WIDE * facts.size), float(WIDE * facts.trainable)
+    values = _moments(facts, optimizer)  # bytes of moments a byte of parameters
+    part = WIDE * (facts.shard(layout.shard) if layout.strategy == "fsdp2" else facts.size / layout.shard)
+    bucket = WIDE * min(layout.zero_bucket, facts.trainable)
+    masters, gradients, moments, buffers = size, trained, trained * values, 0.0
+    if layout.strategy == "ddp":
+        gradients, buffers = 0.0, trained  # gradients are views of the buckets, which stay
+    elif layout.strategy == "fsdp2":
+        masters, gradients, moments = part, part, part * values
+    elif layout.strategy in ("zero1", "zero2"):
+        # Beside a rank's part, a whole set of gradients stays, in stage 2 as in stage 1 (counted on fake ranks).
+        masters, moments, buffers, gradients = size + part, part * values, trained + bucket, part
+    elif layout.strategy == "zero3":
+        masters, gradients, moments, buffers = 2 * part, part, part * values, bucket
+    host = 0.0
+    if layout.offload is not None:
+        kept = {"zero1": size, "zero2": size, "zero3": part, "fsdp2": part}.get(layout.strategy, size)
+        kept = 0.0 if layout.offload == "all" else kept
+        host = masters - kept + moments + gradients
+        masters, moments = kept, 0.0
+        gradients = 0.0 if layout.strategy in ("zero2", "zero3", "fsdp2") else gradients
+    return State(masters, moments, buffers, gradients, host)
+
+
+def _moments(facts: ModelFacts, optimizer: str) -> float:
+    """Values of state for each parameter: two for Adam, one for a matrix under Muon."""
+    if optimizer != "muon" or not facts.size:
+        return 2.0
+    matrices = sum(facts.layer_matrices)
+    return 2.0 - matrices / facts.size
+
+
+def memory(
+    facts: ModelFacts,
+    step: Pass,
+    layout: Layout | None = None,
+    *,
+    optimizer: str = "adamw",
+    accumulating: bool = False,
+    context: float = 0.0,
+    waste: float = 0.0,
+) -> Parts:
+    """The peak of a step, by part.
+
+    Args:
+        facts: of the model.
+        step: the micro-batch.
+        layout: who holds what; one device when left out.
+        optimizer: adamw, stable-adamw or muon.
+        accumulating: whether gradients of an earlier micro-batch are there already.
+        context: bytes of the libraries.
+        waste: share of the tensors' bytes that the allocator loses.
+    """
+    layout = layout or Layout()
+    held = state(facts, layout, optimizer)
+    base = {"masters": held.masters, "optimizer": held.optimizer, "buffers": held.buffers, "host": held.host}
+    largest: dict[str, float] = {}
+    moment = ""
+    for name, parts in _moments_of_a_step(facts, step, layout, held, optimizer, accumulating):
+        if not moment or sum(parts.values()) > sum(largest.values()):
+            largest, moment = parts, name
+    tensors = sum(largest.values()) + sum(base.values()) - held.host
+    batch = 4 * 8 * step.tokens
+    largest["activations"] = largest.get("activations", 0.0) + batch
+    overhead = context + waste * (tensors + batch)
+    return Parts(**base, **largest, overhead=overhead, moment=moment)
+
+
+def _moments_of_a_step(
+    facts: ModelFacts, step: Pass, layout: Layout, held: State, optimizer: str, accumulating: bool
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(Name, bytes by part beside what is always there) of each moment that may be the peak."""
+    blocks = [block(facts, step, layer) for layer in range(facts.num_hidden_layers)]
+    inputs = WIDE * step.tokens * facts.hidden_size
+    kept = [inputs if step.checkpointing else each.kept for each in blocks]
+    copies = [0.0 if step.checkpointing else each.weights for each in blocks]
+    cached = sum(each.cached_weights for each in blocks) if step.checkpointing else 0.0
+    edges, top = outside_stack(facts, step), head(facts, step)
+    lasting_masks = masks(facts, step) if step.checkpointing else 0.0
+    early = held.gradients if accumulating else 0.0
+    layer_bytes = WIDE * max(facts.layer_sizes, default=0) if layout.gathers else 0.0
+    whole = WIDE * facts.outside if layout.gathers else 0.0  # embeddings, final norm, head: through the whole step
+    activations = sum(kept) + edges + lasting_masks
+    yield (
+        "last block, forward",
+        {
+            "gradients": early,
+            "gathered": whole + 3 * layer_bytes,  # in use, and the next one as it came and as it is cut up
+            "copies": sum(copies) + cached,
+            "activations": activations + masks(facts, step) - lasting_masks,
+            "workspace": inputs + (blocks[-1].kept if step.checkpointing else 0.0),
+        },
+    )
+    base = {"gradients": early, "gathered": whole + layer_bytes, "activations": activations + top.kept}
+    yield "head, forward", base | {"copies": sum(copies) + cached, "head": top.forward}
+    yield "head, backward", base | {"copies": sum(copies), "head": top.backward}
+    above = WIDE * facts.head_size
+    for layer in reversed(range(facts.num_hidden_layers)):
+        here: Block = blocks[layer]
+        again = here.kept + here.weights if step.checkpointing else 0.0
+        extra = max(here.mlp_extra, here.attention_extra - here.mlp) + again
+        done = 0.0 if accumulating else _share(held, facts, sum(facts.layer_sizes[layer + 1 :]))
+        yield (
+            f"block {layer}, backward",
+            {
+                # Where parts are kept, the whole gradients of the block before are still on their way.
+                "gradients": early + done + above + (layer_bytes if layer + 1 < len(blocks) else 0.0),
+                "gathered": whole + 3 * layer_bytes,
+                "copies": sum(copies[: layer + 1]),
+                "activations": sum(kept[: layer + 1]) + edges + lasting_masks,
+                "workspace": extra,
+            },
+        )
+    # A tied matrix has its gradient from the head, another from the look-up, and their sum, beside what was there.
+    # ZeRO-1 and -2 keep parts alone as `gradients`, so the head's own one comes on top.
+    apart = layout.strategy in ("zero1", "zero2")
+    lookup = WIDE * facts.head_size * ((2 if facts.tied else 0) + accumulating + apart)
+    yield (
+        "embeddings, backward",
+        {
+            "gradients": held.gradients + 2 * whole,  # whole ones, and the buffer that they leave in
+            "gathered": whole,
+            "workspace": lookup + 2 * inputs,
+        },
+    )
+    yield (
+        "update",
+        {"gradients": held.gradients, "workspace": _update(facts, step, layout, optimizer), "gathered": 0.0},
+    )
+
+
+def _share(held: State, facts: ModelFacts, parameters: float) -> float:
+    """Bytes of gradients that so many parameters have on this device."""
+    return held.gradients * parameters / max(1, facts.size)
+
+
+def _update(facts: ModelFacts, step: Pass, layout: Layout, optimizer: str) -> float:
+    """What the optimizer makes beside its state."""
+    largest = max((parameter.shard(layout.shard) for parameter in facts.parameters), default=0)
+    if optimizer == "stable-adamw":
+        return 5 * WIDE * largest
+    if optimizer != "muon":
+        return 0.0
+    alike: dict[tuple[int, ...], int] = {}
+    for parameter in facts.parameters:
+        if parameter.matrix:
+            alike[tuple(sorted(parameter.shape))] = alike.get(tuple(sorted(parameter.shape)), 0) + 1
+    parts = layout.shard if layout.strategy in ("zero1", "zero2") else 1  # those cut between matrices
+    needs = [_orthogonalize(short, long, -(-count // parts), step.compute) for (short, long), count in alike.items()]
+    return max(needs, default=0.0)
+
+
+def _orthogonalize(short: int, long: int, count: int, compute: int) -> float:
+    """Newton-Schulz over a stack: updates, their stack, the running matrices, the small squares."""
+    together = min(count, max(1, STACK_ELEMENTS // (short * long)))
+    matrices, squares = together * short * long, together * short * short
+    if compute == WIDE and 2 * long > 3 * short:
+        return WIDE * (4 * matrices + squares) if short < long else WIDE * 4 * matrices
+    return 2 * WIDE * matrices + compute * (2 * matrices + 2 * squares)
+
+
+def gib(count: float) -> float:
+    """Bytes in GiB."""
+    return count / GIB
