@@ -152,6 +152,8 @@ class MuonAdamW(torch.optim.Optimizer):
         fused: torch's fused AdamW kernel; None lets torch choose.
     """
 
+    found_inf: Tensor | None = None
+
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
@@ -199,6 +201,7 @@ class MuonAdamW(torch.optim.Optimizer):
             [],
             [state["step"] for state in states],
             fused=group["fused"],
+            found_inf=self.found_inf,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -218,7 +221,7 @@ class MuonAdamW(torch.optim.Optimizer):
         flags = group.get("transposed") or [False] * len(group["params"])
         decay = 1.0 - group["lr"] * group["weight_decay"]
         for chunk in _alike(self._matrices(group, flags)):
-            gathered = [(matrix, matrix.whole(_look_ahead(matrix, group["momentum"]))) for matrix in chunk]
+            gathered = [(matrix, matrix.whole(self._look_ahead(matrix, group["momentum"]))) for matrix in chunk]
             held = [(matrix, update) for matrix, update in gathered if update is not None]
             if not held:  # other ranks' matrices
                 continue
@@ -227,10 +230,9 @@ class MuonAdamW(torch.optim.Optimizer):
             for (matrix, _), direction in zip(held, directions, strict=True):
                 fan_out, fan_in = reversed(matrix.shape) if matrix.transposed else matrix.shape
                 upright = direction.mT if _is_tall(matrix.shape) else direction
-                matrix.weight.mul_(decay).add_(
-                    matrix.part(upright.to(matrix.weight.dtype)),
-                    alpha=-group["lr"] * math.sqrt(max(1.0, fan_out / fan_in)),
-                )
+                rate = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
+                moved = matrix.weight.mul(decay).add_(matrix.part(upright.to(matrix.weight.dtype)), alpha=-rate)
+                _write(matrix.weight, moved, self.found_inf)
 
     def _matrices(self, group: dict[str, Any], flags: list[bool]) -> list[Matrix]:
         """The matrices of a group that have a gradient; their step is counted."""
@@ -242,17 +244,40 @@ class MuonAdamW(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["step"] = torch.zeros((), device=parameter.device if group["fused"] else None)
-            state["step"] += 1
+            state["step"] += _one(self.found_inf)
             layout = self.layouts.get(parameter)
             transposed = layout is None and flags[index]
             found += matrices_of(parameter, parameter.grad, state["momentum_buffer"], transposed, layout)
         return found
 
+    def _look_ahead(self, matrix: Matrix, momentum: float) -> Tensor:
+        """Advance the running mean of the gradient; return it with Nesterov's look ahead."""
+        _write(matrix.mean, matrix.mean.lerp(matrix.gradient, 1.0 - momentum), self.found_inf)
+        return matrix.gradient.lerp(matrix.mean, momentum)
 
-def _look_ahead(matrix: Matrix, momentum: float) -> Tensor:
-    """Advance the running mean of the gradient; return it with Nesterov's look ahead."""
-    mean = matrix.mean.lerp_(matrix.gradient, 1.0 - momentum)
-    return matrix.gradient.lerp(mean, momentum)
+
+def withholds(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an update can be withheld by a tensor on the device: by the optimizer's attribute `found_inf`.
+
+    That is the attribute by which torch's GradScaler tells an optimizer that a gradient overflowed: 0-d float32, 1
+    where the step is to leave weights and state as they are. Fused kernels read it, and the optimizers of this file.
+    """
+    if isinstance(optimizer, StableAdamW):
+        return True
+    return isinstance(optimizer, MuonAdamW | torch.optim.AdamW) and all(g["fused"] for g in optimizer.param_groups)
+
+
+def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+    """Write `value` into `target`, unless the update is withheld."""
+    if found_inf is None:
+        target.copy_(value)
+    else:
+        torch.where(found_inf > 0.0, target, value, out=target)
+
+
+def _one(found_inf: Tensor | None) -> Tensor | float:
+    """What is added to a count of steps: 0 where the update is withheld."""
+    return 1.0 if found_inf is None else 1.0 - found_inf
 
 
 def _is_tall(shape: Sequence[int]) -> bool:
@@ -317,6 +342,8 @@ class StableAdamW(torch.optim.Optimizer):
     vision-language models", algorithm 2. The moments are stored as AdamW's, not bias-corrected.
     """
 
+    found_inf: Tensor | None = None
+
     def __init__(
         self, params: Iterable[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
     ) -> None:
@@ -342,30 +369,41 @@ class StableAdamW(torch.optim.Optimizer):
         if not state:
             state |= adam_state(parameter)
         beta1, beta2 = group["betas"]
-        state["step"] += 1
-        step = state["step"].item()  # on the CPU: no wait for the device
         weight, gradient = local(parameter), local(gradient)
-        first = local(state["exp_avg"]).lerp_(gradient, 1.0 - beta1) / (1.0 - beta1**step)
-        second = local(state["exp_avg_sq"]).mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
-        second = second / (1.0 - beta2**step)
+        first, second = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        _write(first, first.lerp(gradient, 1.0 - beta1), self.found_inf)
+        _write(second, second.mul(beta2).addcmul_(gradient, gradient, value=1.0 - beta2), self.found_inf)
+        rest1, rest2 = self._count(state, gradient.device, beta1, beta2)
+        first, second = first / rest1, second / rest2
         excess = gradient.square() / second.clamp_min(group["eps"] ** 2)
         update = first.div_(second.sqrt_().add_(group["eps"]))
         layout = self.layouts.get(parameter)
         if layout is None:
             square = sum_of_parts(excess.sum(), parameter) / parameter.numel()
-            _shrunk(weight, update, square, group)
+            self._move(weight, update, square, group)
             return
         sums = layout.sum(torch.stack([piece.of_flat(excess).sum() for piece in layout.pieces]))
         for piece, total in zip(layout.pieces, sums, strict=True):
             square = total / math.prod(piece.shape)
-            _shrunk(piece.of_flat(weight), piece.of_flat(update), square, group)
+            self._move(piece.of_flat(weight), piece.of_flat(update), square, group)
 
+    def _count(
+        self, state: dict[str, Tensor], device: torch.device, beta1: float, beta2: float
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """Count a step; what the two moments lack of their sums' weight."""
+        if self.found_inf is None:
+            state["step"] += 1
+            step = state["step"].item()  # on the CPU: no wait for the device
+            return 1.0 - beta1**step, 1.0 - beta2**step
+        state["step"] = state["step"].to(device)
+        state["step"] += _one(self.found_inf)
+        exponent = state["step"].double()  # a step that is withheld divides by 0, and nothing of it is written
+        return 1.0 - torch.pow(beta1, exponent), 1.0 - torch.pow(beta2, exponent)
 
-def _shrunk(weight: Tensor, update: Tensor, square: Tensor, group: dict[str, Any]) -> None:
-    """Make the update of one parameter, given the mean square of its gradient over what is expected."""
-    lr = group["lr"] / square.sqrt().clamp_min(1.0)  # 0-d, on the device
-    weight.mul_(1.0 - lr * group["weight_decay"])
-    weight.sub_(update.mul_(lr))
+    def _move(self, weight: Tensor, update: Tensor, square: Tensor, group: dict[str, Any]) -> None:
+        """Make the update of one parameter, given the mean square of its gradient over what is expected."""
+        lr = group["lr"] / square.sqrt().clamp_min(1.0)  # 0-d, on the device
+        _write(weight, weight.mul(1.0 - lr * group["weight_decay"]).sub_(update.mul_(lr)), self.found_inf)
 
 
 def adam_state(parameter: Tensor, step_device: torch.device | None = None) -> dict[str, Tensor]:

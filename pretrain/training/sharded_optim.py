@@ -31,6 +31,8 @@ class Piece:
         start: where it begins in the whole parameter, flattened.
         numel: its length; 0 when this rank holds nothing of the parameter.
         shared: whether more than one rank holds a part; the same on every rank.
+        cut: elements of each rank's run, padding included, where the parameter is cut evenly over all ranks in order;
+            None where it is not.
         transposed: whether the whole is an (in, out) matrix rather than torch's (out, in).
     """
 
@@ -40,6 +42,7 @@ class Piece:
     start: int
     numel: int
     shared: bool
+    cut: int | None = None
     transposed: bool = False
 
     def of_flat(self, flat: Tensor) -> Tensor:
@@ -108,6 +111,7 @@ def spread_pieces(members: Sequence[Member], rank: int, world: int) -> tuple[Pie
                 start=start,
                 numel=held,
                 shared=world > 1,
+                cut=size,
                 transposed=member.transposed,
             )
         )
@@ -136,12 +140,21 @@ class FlatLayout:
             part: (piece.numel,), fp32.
         """
         assert part.dtype == torch.float32, part.dtype
+        if piece.cut is not None and self.group is not None:
+            return self._concatenate(piece, piece.cut, part)
         whole = torch.zeros(math.prod(piece.shape), dtype=torch.float32, device=self.device)
         piece.of_whole(whole).copy_(part)
         if self.group is not None:
             # Of each element one rank has the bits and the others zero: integers add up to them, -0.0 and NaN too.
             distributed.all_reduce(whole.view(torch.int32), group=self.group)
         return whole.view(piece.shape)
+
+    def _concatenate(self, piece: Piece, cut: int, part: Tensor) -> Tensor:
+        padded = torch.zeros(cut, dtype=torch.float32, device=self.device)
+        padded[: piece.numel] = part
+        runs = torch.empty(distributed.get_world_size(self.group), cut, dtype=torch.float32, device=self.device)
+        distributed.all_gather(list(runs.unbind()), padded, group=self.group)
+        return runs.view(-1)[: math.prod(piece.shape)].view(piece.shape)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over the ranks, on the device that they came from."""

@@ -11,7 +11,7 @@ shares, on every engine and however the batch is cut.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +23,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from pretrain.config import TrainConfig
 from pretrain.files import ArtifactError
 from pretrain.ranks import Ranks
+from pretrain.training.optim import withholds
+from pretrain.training.sharded_optim import local
 from pretrain.training.state import OptimizerState, Shape, fitting_state, group_records, parameter_names, put_state
 
 Judge = Callable[[float], bool]
@@ -85,17 +87,40 @@ class Engine:
             The norm of the global gradient before clipping.
         """
         self.accelerator.unscale_gradients()
-        trained = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
-        total = self._whole(get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
-        if limit is not None:
-            clip_grads_with_norm_(trained, limit, total)
-        norm = float(total)
+        norm = float(self._clip(limit))
         if judge(norm):
             self._stepper.step()
         elif self.accelerator.scaler is not None:  # it has seen the gradients: let it find its scale
             self.accelerator.scaler.update()
         self.drop()
         return norm
+
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether `update_on_device` is there: no loss scaler, everything on the device, an optimizer that can."""
+        return not self.scaled and self.config.offload is None and withholds(self.optimizer)
+
+    def update_on_device(self, limit: float | None, withhold: Callable[[Tensor], Tensor]) -> None:
+        """As `update`, for an answer that lies on the device: the host waits for nothing.
+
+        Args:
+            limit: as of `update`.
+            withhold: told the norm of the global gradient before clipping, 0-d; gives 1 where no update is to be made
+                and 0 elsewhere, 0-d float32 on the device, the same on every rank.
+        """
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = withhold(self._clip(limit))
+        self._stepper.step()
+        del optimizer.found_inf
+        self.drop()
+
+    def _clip(self, limit: float | None) -> Tensor:
+        """Clip the gradient at `limit`; the norm of the global gradient before, 0-d."""
+        trained = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
+        total = self._whole(get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
+        if limit is not None:
+            clip_grads_with_norm_(trained, limit, total)
+        return total
 
     def evaluated(self) -> None:
         """Called by all ranks after forward passes without a backward pass."""
@@ -133,6 +158,24 @@ class Engine:
         """The whole optimizer state of a parameter, on every rank; empty when it was never updated. Called together."""
         state = self.optimizer.state.get(self._parameters[name], {})
         return {key: self._whole(state[key]) for key in sorted(state)}
+
+    @property
+    def meets_in_forward(self) -> bool:
+        """Whether the ranks meet in a forward pass, so that none is faster than another."""
+        return self.name in ("fsdp2", "zero3")
+
+    @property
+    def part(self) -> int:
+        """Which part of the weights this rank holds: ranks that hold the same part hold the same bits."""
+        return 0
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of each weight, and of the optimizer's state where it is kept as the weights are."""
+        for name in self.names():
+            parameter = self._parameters[name]
+            yield name, local(parameter)
+            for key, tensor in sorted(self.optimizer.state.get(parameter, {}).items()):
+                yield f"{name}/{key}", local(tensor)
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups as plain data: hyper-parameters and the names of their members."""
@@ -225,7 +268,8 @@ def with_autocast(forward: Callable[..., Any], device: torch.device, precision: 
 
     @functools.wraps(forward)
     def wrapped(*arguments: Any, **keywords: Any) -> Any:
-        with torch.autocast(device.type, dtype=dtype):
+        # Without autocast's cache, which would keep a copy of every weight while its layer is not gathered.
+        with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
             return forward(*arguments, **keywords)
 
     return wrapped

@@ -60,7 +60,7 @@ class Fsdp2Engine(Engine):
         return value.detach()
 
     def evaluated(self) -> None:
-        """Free the root's parameters: without a backward pass nothing else does, and each rank would in its own time."""
+        """Free the root's parameters: without a backward pass nothing does, and each rank would in its own time."""
         self.bare.reshard()  # type: ignore[operator]
 
     def checks(self) -> list[tuple[str, Any, Any]]:
@@ -72,6 +72,12 @@ class Fsdp2Engine(Engine):
             ("sharded parameters", len(self._parameters), len(sharded)),
             ("ranks that share a copy", {self.config.shard_size or self.ranks.world}, parts),
         ]
+
+    @property
+    def part(self) -> int:
+        sharded: Any = next(iter(self._parameters.values()))
+        part: int = sharded.device_mesh.get_local_rank("part")
+        return part
 
     def _whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

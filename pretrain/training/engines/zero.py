@@ -129,6 +129,10 @@ class ZeroEngine(Engine):
             self._adapt_scale(finite=math.isfinite(self._norm))
         return self._norm
 
+    @property
+    def decides_on_device(self) -> bool:
+        return False  # DeepSpeed reads the norm on the host
+
     def _refuse_unused(self) -> None:
         """Every parameter has to take part: a flat buffer is updated as a whole, and weight decay with it."""
         for watcher in self._watchers:

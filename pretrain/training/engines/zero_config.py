@@ -254,7 +254,8 @@ def make_accelerator(
     It joins the processes. `ACCELERATE_MIXED_PRECISION` must not be set: Accelerate would turn a half section on.
 
     Raises:
-        ValueError: when DeepSpeed is not installed, or a user's DeepSpeed file says otherwise than the run.
+        ValueError: when DeepSpeed is not installed, a user's DeepSpeed file says otherwise than the run, or a setting
+            does not go with the stage.
     """
     settings = ZeroSettings(
         stage=int(strategy.removeprefix("zero")),
@@ -264,6 +265,11 @@ def make_accelerator(
         world=launch.world or 1,
         pinned=not cpu,
     )
+    if config.train.compile and settings.stage == 3:
+        raise ValueError(
+            "train.compile: ZeRO-3 gathers weights in hooks of every module, which cut the compiled graph; set "
+            "it to false, or use train.strategy zero2 or fsdp2"
+        )
     content = generate(settings, *_user_settings(config, launch))
     load_deepspeed(strategy, cpu=cpu)
     # The file that was launched is read: Accelerate would read it once more, and complain of its own variables.
