@@ -210,7 +210,7 @@ class TrainConfig(Section):
     deepspeed: str | None = Field(None, description="zero1-3: a DeepSpeed JSON file with further settings")
     ddp_timeout: Positive = Field(600, description="seconds that a process waits for the others before it gives up")
     check_replicas: Positive | None = Field(
-        None, description="compare the weights of all copies every so many steps (single, ddp, zero1, zero2, hybrid)"
+        None, description="compare all copies every so many steps and before a save (ddp, zero1, zero2, hybrid)"
     )
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     seed: int = Field(0, ge=0)

@@ -18,6 +18,7 @@ from pretrain.model_dir import DTYPES, copy_tokenizer, read_loom, read_stock, wr
 from pretrain.models import register_hub_code
 from pretrain.training import checkpoint
 from pretrain.training.state import tensor_bytes
+from pretrain.training.stored import stored_model
 
 _TOLERANCE = 1e-5
 """Largest difference of two logits, over the largest logit; both sides compute in fp32."""
@@ -51,7 +52,7 @@ def model_directory(path: Path) -> Path:
     if (path / "model" / "config.json").is_file():
         return path / "model"
     train = path / "train" if (path / "train").is_dir() else path
-    found = checkpoint.read_pointer(train, "latest")
+    found = stored_model(train) or checkpoint.read_pointer(train, "latest")
     if found is None:
         raise ArtifactError(f"`{path}` is no run, checkpoint or model directory; give one that holds a model")
     return found / "model"

@@ -144,7 +144,7 @@ def commit_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for folder, _, _ in os.walk(temporary):
             sync_directory(Path(folder))
-        if path.exists():
+        if replace and path.exists():
             aside = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}-{uuid.uuid4().hex[:8]}")
             path.rename(aside)
             sync_directory(path.parent)
@@ -379,11 +379,40 @@ class TensorBytes:
     shape: tuple[int, ...]
     data: memoryview
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes `data` holds."""
+        return self.data.nbytes
+
+
+@dataclass(frozen=True)
+class LateBytes:
+    """A tensor whose bytes are made, or brought, when it is their turn to be written, and let go after.
+
+    Attributes:
+        dtype: by the format's name.
+        shape: of the tensor.
+        nbytes: how many bytes there will be.
+        make: gives them.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    make: Callable[[], memoryview]
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes, made anew each time."""
+        return self.make()
+
 
 def write_safetensors(
-    path: Path, tensors: Iterable[tuple[str, TensorBytes]], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Iterable[tuple[str, TensorBytes | LateBytes]], metadata: Mapping[str, str] | None = None
 ) -> str:
     """Write tensors in the safetensors format, hashing the memory that is written; return the file's SHA-256.
+
+    The header needs names and shapes alone: with `LateBytes` one tensor's bytes are held at a time.
 
     Source: the safetensors format (8 bytes header length, JSON header, little-endian tensors one after another).
     """
@@ -391,7 +420,7 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in entries:
-        size = tensor.data.nbytes
+        size = tensor.nbytes
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -399,8 +428,10 @@ def write_safetensors(
     with HashingWriter(path) as writer:
         writer.write(len(encoded).to_bytes(8, "little"))
         writer.write(encoded)
-        for _, tensor in entries:
-            flat = tensor.data.cast("B") if tensor.data.nbytes else memoryview(b"")
+        for name, tensor in entries:
+            data = tensor.data
+            assert data.nbytes == tensor.nbytes, name
+            flat = data.cast("B") if data.nbytes else memoryview(b"")
             for start in range(0, flat.nbytes, _BLOCK):
                 writer.write(flat[start : start + _BLOCK])
     return writer.digest

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,19 @@ from transformers import (
 )
 
 from pretrain.evaluation.loading import check_source, loading
-from pretrain.files import ArtifactError, write_bytes, write_json, write_safetensors
-from pretrain.interop import HOMES, config_json, from_stock, from_stock_config, to_stock
+from pretrain.files import ArtifactError, LateBytes, write_bytes, write_json, write_safetensors
+from pretrain.interop import (
+    HOMES,
+    Rule,
+    config_json,
+    from_stock,
+    from_stock_config,
+    rules_from_stock,
+    rules_to_stock,
+    to_stock,
+)
 from pretrain.models import LoomConfig, LoomPreTrainedModel, model_class, model_from_config
-from pretrain.training.state import tensor_bytes
+from pretrain.training.state import late_bytes
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions by the names that users give them, of stored weights and of arithmetic."""
@@ -57,18 +66,45 @@ def published_form(
 ) -> tuple[Any, dict[str, Tensor]]:
     """The stock configuration and state dict that hold this model; tied tensors stand once.
 
-    A model that is stock already is returned as it is. `weights` are whole parameters by the model's names, where the
-    model itself holds parts of them alone.
+    A model that is stock already is returned as it is. `weights` are all of its tensors, whole, by its own names; None
+    takes them from the model.
     """
-    whole = weights or {}
-    state = {
-        name: whole.get(name, tensor)
-        for name, tensor in model.state_dict().items()
-        if name not in model.all_tied_weights_keys
-    }
+    state = _own_state(model, weights)
     if isinstance(model.config, LoomConfig):
         return to_stock(model.config, state)
-    return model.config, state
+    return model.config, dict(state)
+
+
+def _own_state(model: PreTrainedModel, weights: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    """Whole tensors by the model's own names, tied ones once.
+
+    The model is asked for its state only without `weights`: a sharded one changes its parameters when it is asked,
+    which must not happen in the middle of a step.
+    """
+    if weights:
+        return weights
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
+def published_rules(model: PreTrainedModel, names: Iterable[str]) -> tuple[Any, list[Rule]]:
+    """The stock configuration of this model, and how each published tensor is made of the model's own, of these names.
+
+    A model that is stock already stays as it is.
+    """
+    if isinstance(model.config, LoomConfig):
+        return rules_to_stock(model.config, names)
+    return model.config, [Rule(name, (name,)) for name in names]
+
+
+def _published(rule: Rule, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[Tensor, LateBytes]:
+    """A published tensor that is made when it is written: its like without data, and its bytes."""
+
+    def make(tensors: list[Tensor]) -> Tensor:
+        joined = rule.join(tensors)
+        return joined.to(dtype) if dtype is not None and joined.is_floating_point() else joined
+
+    like = make([torch.empty_like(state[name], device="meta") for name in rule.loom])
+    return like, late_bytes(like, lambda: make([state[name] for name in rule.loom]))
 
 
 def write_model(
@@ -85,7 +121,7 @@ def write_model(
     Args:
         model: ours or stock.
         directory: an existing, empty directory.
-        weights: whole parameters by the model's names; None takes them from the model.
+        weights: all of the model's tensors, whole, by its own names; None takes them from the model.
         tokenizer_directory: its files are copied beside the weights.
         dtype: floating-point tensors are cast to this; None keeps them.
         max_shard_bytes: a larger model is split over several files with an index.
@@ -93,20 +129,87 @@ def write_model(
     Returns:
         SHA-256 of every file, of the memory that was written.
     """
-    stock_config, state = published_form(model, weights)
-    if dtype is not None:
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    floating = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    stock_config.dtype = floating
+    state = _own_state(model, weights)
+    stock_config, rules = published_rules(model, state)
+    published = {rule.stock: _published(rule, state, dtype) for rule in rules}
+    stock_config.dtype = next(like.dtype for like, _ in published.values() if like.is_floating_point())
+    digests = _write_configs(model, stock_config, directory)
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, (_, tensor) in published.items():
+        if shards[-1] and used + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += tensor.nbytes
+    for number, names in enumerate(shards):
+        tensors = ((name, published[name][1]) for name in names)
+        digests |= _write_shard(directory, number, len(shards), tensors)
+    if len(shards) > 1:
+        sizes = {name: tensor.nbytes for name, (_, tensor) in published.items()}
+        digests |= _write_index(directory, shards, sizes)
+    if tokenizer_directory is not None:
+        digests |= copy_tokenizer(tokenizer_directory, directory)
+    return digests
+
+
+def write_model_share(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    shares: Sequence[Collection[str]],
+    number: int,
+    tokenizer_directory: Path | None = None,
+) -> dict[str, str]:
+    """Write one of several shares of a model directory; the first one brings config, tokenizer and index too.
+
+    Args:
+        model: ours or stock.
+        directory: an existing directory.
+        weights: all of the model's tensors by its own names, whole; those of other shares may hold no data.
+        shares: the names of each share; what `joined_names` gives together must be in one.
+        number: of the own share, from 0.
+        tokenizer_directory: its files are copied beside the weights.
+
+    Returns:
+        SHA-256 of every file that was written, of the memory that was written.
+    """
+    stock_config, rules = published_rules(model, weights)
+    home = {name: place for place, names in enumerate(shares) for name in names}
+    published = {rule.stock: _published(rule, weights, None) for rule in rules}
+    parts: list[list[str]] = [[] for _ in shares]
+    for rule in rules:
+        (place,) = {home[name] for name in rule.loom}
+        parts[place].append(rule.stock)
+    own = ((name, published[name][1]) for name in parts[number])
+    digests = _write_shard(directory, number, len(shares), own)
+    if number == 0:
+        stock_config.dtype = next(like.dtype for like, _ in published.values() if like.is_floating_point())
+        digests |= _write_configs(model, stock_config, directory)
+        digests |= _write_index(directory, parts, {name: tensor.nbytes for name, (_, tensor) in published.items()})
+        if tokenizer_directory is not None:
+            digests |= copy_tokenizer(tokenizer_directory, directory)
+    return digests
+
+
+def joined_names(model: PreTrainedModel, names: Iterable[str]) -> list[list[str]]:
+    """The model's tensors by what the published form joins: those of one list must be written together."""
+    _, rules = published_rules(model, names)
+    home: dict[str, list[str]] = {}
+    for rule in rules:
+        together = list(dict.fromkeys(name for own in rule.loom for name in home.get(own, [own])))
+        home |= dict.fromkeys(together, together)
+    return list({id(together): together for together in home.values()}.values())
+
+
+def _write_configs(model: PreTrainedModel, stock_config: Any, directory: Path) -> dict[str, str]:
     digests = {"config.json": write_json(directory / "config.json", config_json(stock_config))}
-    digests |= _write_weights(state, directory, max_shard_bytes)
     if model.can_generate():
         generation = GenerationConfig.from_model_config(stock_config)
         digests["generation_config.json"] = write_json(
             directory / "generation_config.json", json.loads(generation.to_json_string())
         )
-    if tokenizer_directory is not None:
-        digests |= copy_tokenizer(tokenizer_directory, directory)
     return digests
 
 
@@ -119,27 +222,19 @@ def copy_tokenizer(source: Path, directory: Path) -> dict[str, str]:
     return digests
 
 
-def _write_weights(state: Mapping[str, Tensor], directory: Path, max_shard_bytes: int) -> dict[str, str]:
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, tensor in state.items():
-        if shards[-1] and used + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += tensor.nbytes
-    digests: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = ((name, tensor_bytes(state[name])) for name in names)
-        digests[file] = write_safetensors(directory / file, tensors, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in state.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        digests[_INDEX] = write_json(directory / _INDEX, index)
-    return digests
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_shard(directory: Path, number: int, count: int, tensors: Iterable[tuple[str, LateBytes]]) -> dict[str, str]:
+    file = _shard_name(number, count)
+    return {file: write_safetensors(directory / file, tensors, {"format": "pt"})}
+
+
+def _write_index(directory: Path, shards: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> dict[str, str]:
+    weight_map = {name: _shard_name(number, len(shards)) for number, names in enumerate(shards) for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    return {_INDEX: write_json(directory / _INDEX, index)}
 
 
 def read_state(directory: Path) -> dict[str, Tensor]:
@@ -310,8 +405,33 @@ class PublishedStore:
         """Write the model directory in full precision."""
         return write_model(model, directory, weights=weights, tokenizer_directory=self.tokenizer_directory)
 
-    def read(self, model: PreTrainedModel, directory: Path) -> dict[str, Tensor]:
-        """The weights by the model's own names, tied ones once, as they are stored; buffers go into the model."""
+    def together(self, model: PreTrainedModel, names: Iterable[str]) -> list[list[str]]:
+        """The names of the model's tensors; those of one list are joined, so that one process must write them."""
+        return joined_names(model, names)
+
+    def write_share(
+        self,
+        model: PreTrainedModel,
+        weights: Mapping[str, Tensor],
+        directory: Path,
+        shares: Sequence[Collection[str]],
+        number: int,
+    ) -> dict[str, str]:
+        """Write one share of the model directory in full precision."""
+        return write_model_share(
+            model,
+            directory,
+            weights=weights,
+            shares=shares,
+            number=number,
+            tokenizer_directory=self.tokenizer_directory,
+        )
+
+    def read(self, model: PreTrainedModel, directory: Path) -> Mapping[str, Tensor]:
+        """The weights by the model's own names, tied ones once, as they are stored; buffers go into the model.
+
+        Bytes are read, and tensors split and transposed, when a weight is asked for.
+        """
         state = read_state(directory)
         wanted = next(parameter.dtype for parameter in model.parameters())
         for name, tensor in state.items():
@@ -320,9 +440,35 @@ class PublishedStore:
                     f"the saved `{name}` in `{directory}` is {tensor.dtype}, the run trains {wanted}; a checkpoint "
                     "holds the full precision: put the whole one back"
                 )
+        rules = [Rule(name, (name,)) for name in state]
         if isinstance(model.config, LoomConfig):
-            _, state = from_stock(AutoConfig.from_pretrained(directory), state)
+            _, rules = rules_from_stock(AutoConfig.from_pretrained(directory), state)
+        weights = _StoredWeights(state, rules)
         for name, buffer in model.named_buffers():
-            if name in state:
-                buffer.copy_(state.pop(name))
-        return state
+            if name in weights:
+                buffer.copy_(weights.pop(name))
+        return weights
+
+
+class _StoredWeights(Mapping[str, Tensor]):
+    """Published tensors by the model's own names, each made when it is asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor], rules: Iterable[Rule]) -> None:
+        self._state = state
+        self._homes = {name: (rule, number) for rule in rules for number, name in enumerate(rule.loom)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        rule, number = self._homes[name]
+        return rule.split(self._state[rule.stock])[number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def pop(self, name: str) -> Tensor:
+        """A tensor, left out from now on."""
+        tensor = self[name]
+        del self._homes[name]
+        return tensor

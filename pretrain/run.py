@@ -35,7 +35,7 @@ from pretrain.runtime import describe_machine, peak_memory_bytes
 from pretrain.tokenizer import is_trained, train_tokenizer
 from pretrain.train import build_trainer, check, inputs_of, train, trained_with
 from pretrain.training.progress import steps_of
-from pretrain.training.stored import stored_model
+from pretrain.training.stored import open_place, stored_model
 
 _FOLDERS = {"evaluate": "report", "export": "export"}
 _RESULT = {"checkpoint", "tokens", "seconds", "tokens_per_second"}  # what is read of a training's `result.json`
@@ -66,6 +66,11 @@ def run(
     """
     console = console or Console(stderr=True)
     directory = config.directory
+    if fresh and config.checkpoint.to is not None and (place := open_place(config, directory / "train")).steps():
+        raise ValueError(
+            f"--fresh archives a directory, but the checkpoints of this run lie in {place.name}: remove them there, or "
+            f"give another name (name={config.name}-2)"
+        )
     if fresh and directory.exists():
         with lock_directory(directory):  # nobody works there
             pass

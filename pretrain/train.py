@@ -32,6 +32,7 @@ from pretrain.models import (
     pick_backend,
     wants_dropout_keys,
 )
+from pretrain.planning.facts import model_facts
 from pretrain.plugins import import_path
 from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, resolve_precision, set_seed
 from pretrain.training import checkpoint
@@ -208,6 +209,7 @@ def build_trainer(
         evaluators=evaluators if evaluators is not None else build_evaluators(config),
         judges=DataPlane.validation_splits(config) if evaluators is None else None,
         flops_per_token=flops_per_token(model.config, config.data.sequence_length, target_share(config)),
+        model_facts=model_facts(model),
         inputs=inputs_of(config),
         console=console,
         job=job,

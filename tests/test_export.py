@@ -15,6 +15,7 @@ from pretrain.files import ArtifactError, write_manifest
 from pretrain.model_dir import PublishedStore, read_loom, read_state, write_model
 from pretrain.models import loom_config, model_from_config
 from pretrain.training.checkpoint import verify_model
+from pretrain.training.snapshots import share_out
 
 ARCHITECTURES = ("bert", "modernbert", "gpt2", "llama")
 
@@ -55,12 +56,38 @@ def test_export_then_import(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_store_reads_back_bit_for_bit(architecture: str, tmp_path: Path) -> None:
     model = drawn(architecture)
-    digests = PublishedStore().write(model, tmp_path)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    digests = PublishedStore().write(model, weights, tmp_path)
     assert set(digests) == {path.name for path in tmp_path.iterdir()}
-    other = model_from_config(model.config)
-    PublishedStore().read(other, tmp_path)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
+    read = PublishedStore().read(model_from_config(model.config), tmp_path)
+    assert set(read) == set(weights)
+    for name, tensor in weights.items():
+        assert torch.equal(read[name], tensor), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shares_of_a_model_are_one_model_directory(architecture: str, tmp_path: Path) -> None:
+    """Three processes, each without the data of the others; what the stock form joins lies with one of them."""
+    model, store = drawn(architecture), PublishedStore()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+    joined = store.together(model, sizes)
+    assert sorted(name for names in joined for name in names) == sorted(weights)
+    shares = share_out(sizes, sizes, joined, 3).weights
+    digests: dict[str, str] = {}
+    for number, names in enumerate(shares):
+        own = {name: tensor if name in names else tensor.to("meta") for name, tensor in weights.items()}
+        digests |= store.write_share(model, own, tmp_path, shares, number)
+    assert set(digests) == {path.name for path in tmp_path.iterdir()}
+    bytes_of = [(tmp_path / f"model-0000{number}-of-00003.safetensors").stat().st_size for number in (1, 2, 3)]
+    assert max(bytes_of) < 0.9 * sum(bytes_of)
+    read = store.read(model_from_config(model.config), tmp_path)
+    for name, tensor in weights.items():
+        assert torch.equal(read[name], tensor), name
+    auto = AutoModelForCausalLM if architecture in ("gpt2", "llama") else AutoModelForMaskedLM
+    _, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -9,7 +9,7 @@ silence.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -27,7 +27,9 @@ from .mapping import (
     KEPT_ASIDE,
     Home,
     NoStockHome,
+    Rule,
     Task,
+    check_names,
     convert_from_stock,
     convert_to_stock,
     differing,
@@ -36,7 +38,18 @@ from .mapping import (
 )
 from .modernbert import LOCAL, MODERNBERT
 
-__all__ = ["HOMES", "NoStockHome", "config_json", "from_stock", "from_stock_config", "stock_config", "to_stock"]
+__all__ = [
+    "HOMES",
+    "NoStockHome",
+    "Rule",
+    "config_json",
+    "from_stock",
+    "from_stock_config",
+    "rules_from_stock",
+    "rules_to_stock",
+    "stock_config",
+    "to_stock",
+]
 
 HOMES: dict[str, Home] = {home.name: home for home in (BERT, MODERNBERT, GPT2, LLAMA)}
 
@@ -56,11 +69,23 @@ def to_stock(config: LoomConfig, state: Mapping[str, Tensor]) -> tuple[PreTraine
     Takes the state of a base model, one with a language-model head, or a classifier.
     Raises NoStockHome that names the keys in the way, ValueError that names tensors missing or left over.
     """
-    task = _task(state, head="model.", classifier=("classifier.weight", "score.weight"))
-    home, stock = _find_home(config, task)
     copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    state = without_copies(state, copies)
+    stock, rules = rules_to_stock(config, state)
+    return stock, convert_to_stock(rules, state)
+
+
+def rules_to_stock(config: LoomConfig, names: Iterable[str]) -> tuple[PreTrainedConfig, list[Rule]]:
+    """How `to_stock` makes each stock tensor, for Loom tensors of these names (a tied one once); no tensor is touched.
+
+    Raises NoStockHome that names the keys in the way, ValueError that names tensors missing or left over.
+    """
+    known = set(names)
+    task = _task(known, head="model.", classifier=("classifier.weight", "score.weight"))
+    home, stock = _find_home(config, task)
     rules = home.rules(config, task, "" if task == "base" else home.prefix)
-    return stock, convert_to_stock(rules, without_copies(state, copies))
+    check_names({name for rule in rules for name in rule.loom}, known, "Loom")
+    return stock, rules
 
 
 def from_stock(stock: PreTrainedConfig, state: Mapping[str, Tensor]) -> tuple[LoomConfig, dict[str, Tensor]]:
@@ -69,11 +94,23 @@ def from_stock(stock: PreTrainedConfig, state: Mapping[str, Tensor]) -> tuple[Lo
     Raises ValueError that names an architecture or key that Loom has no switch for, or tensors missing or left over.
     """
     home = _home_of(stock)
-    task = _task(state, head=home.prefix, classifier=(home.classifier,))
-    config = from_stock_config(stock, task)
     copies = home.duplicates if getattr(stock, "tie_word_embeddings", True) else {}
+    state = without_copies(state, copies)
+    config, rules = rules_from_stock(stock, state)
+    return config, convert_from_stock(rules, state)
+
+
+def rules_from_stock(stock: PreTrainedConfig, names: Iterable[str]) -> tuple[LoomConfig, list[Rule]]:
+    """How `from_stock` makes each Loom tensor, for stock tensors of these names (a copy not); no tensor is touched.
+
+    Raises ValueError that names an architecture or key that Loom has no switch for, or tensors missing or left over.
+    """
+    known, home = set(names), _home_of(stock)
+    task = _task(known, head=home.prefix, classifier=(home.classifier,))
+    config = from_stock_config(stock, task)
     rules = home.rules(config, task, "" if task == "base" else home.prefix)
-    return config, convert_from_stock(rules, without_copies(state, copies))
+    check_names({rule.stock for rule in rules}, known, "stock")
+    return config, rules
 
 
 def from_stock_config(stock: PreTrainedConfig, task: Task = "pretraining") -> LoomConfig:
@@ -118,10 +155,10 @@ def _home_of(stock: PreTrainedConfig) -> Home:
     return home
 
 
-def _task(state: Mapping[str, Tensor], head: str, classifier: tuple[str, ...]) -> Task:
-    if any(name in state for name in classifier):
+def _task(names: Collection[str], head: str, classifier: tuple[str, ...]) -> Task:
+    if any(name in names for name in classifier):
         return "classification"
-    return "pretraining" if any(name.startswith(head) for name in state) else "base"
+    return "pretraining" if any(name.startswith(head) for name in names) else "base"
 
 
 def _find_home(config: LoomConfig, task: Task) -> tuple[Home, PreTrainedConfig]:

@@ -131,13 +131,13 @@ def attention_rows(config: LoomConfig) -> tuple[int, int, int]:
 
 def convert_to_stock(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Loom tensors -> stock tensors. Raises ValueError that names tensors missing or left over."""
-    _check_names({name for rule in rules for name in rule.loom}, set(state), "Loom")
+    check_names({name for rule in rules for name in rule.loom}, set(state), "Loom")
     return {rule.stock: rule.join([state[name] for name in rule.loom]) for rule in rules}
 
 
 def convert_from_stock(rules: list[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stock tensors -> Loom tensors. Raises ValueError that names tensors missing or left over."""
-    _check_names({rule.stock for rule in rules}, set(state), "stock")
+    check_names({rule.stock for rule in rules}, set(state), "stock")
     return {
         name: tensor for rule in rules for name, tensor in zip(rule.loom, rule.split(state[rule.stock]), strict=True)
     }
@@ -155,7 +155,8 @@ def without_copies(state: Mapping[str, Tensor], copies: Mapping[str, str]) -> di
     return kept
 
 
-def _check_names(wanted: set[str], given: set[str], side: str) -> None:
+def check_names(wanted: set[str], given: set[str], side: str) -> None:
+    """Raises ValueError that names tensors missing or left over."""
     missing, left_over = sorted(wanted - given), sorted(given - wanted)
     if missing or left_over:
         lists = f"missing {missing or 'none'}, left over {left_over or 'none'}"

@@ -68,6 +68,7 @@ __all__ = [
     "newest_config",
     "optimizer_state_by_name",
     "point",
+    "pointer_bytes",
     "read_pointer",
     "restore_rng",
     "rotate",
@@ -223,7 +224,7 @@ def point(directory: Path, name: Pointer, step: int) -> None:
     path = checkpoint_path(directory, step)
     facts = read_manifest(path, KIND).facts
     pointer = {"checkpoint": path.name, "step": step, "run_id": facts["run_id"]}
-    replace_file(path.parent / f"{name}.json", _pointer_bytes(pointer))
+    replace_file(path.parent / f"{name}.json", pointer_bytes(pointer))
 
 
 def read_pointer(directory: Path, name: Pointer) -> Path | None:
@@ -239,7 +240,7 @@ def read_pointer(directory: Path, name: Pointer) -> Path | None:
     return path if _STEP_NAME.fullmatch(path.name) and path.is_dir() else None
 
 
-def _pointer_bytes(pointer: dict[str, Any]) -> bytes:
+def pointer_bytes(pointer: dict[str, Any]) -> bytes:
     """A pointer as it lies on the disk, with the SHA-256 of what it says."""
     return (json.dumps({**pointer, "sha256": sha256_json(pointer)}, indent=2) + "\n").encode()
 
@@ -255,7 +256,7 @@ def _read_pointer_file(directory: Path, name: str) -> dict[str, Any]:
         pointer = json.loads(data)
         if isinstance(pointer, dict):
             pointer.pop("sha256", None)
-            if {"checkpoint", "step", "run_id"} == set(pointer) and _pointer_bytes(pointer) == data:
+            if {"checkpoint", "step", "run_id"} == set(pointer) and pointer_bytes(pointer) == data:
                 return pointer
     raise ArtifactError(f"`{path}` was altered: its SHA-256 is not its own")
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,15 @@ from pretrain.files import (
     write_manifest,
     write_safetensors,
 )
-from pretrain.training.state import OptimizerState, capture_rng, tensor_bytes
+from pretrain.ranks import OtherRankError, Ranks
+from pretrain.training.state import OptimizerState, capture_rng, late_bytes
 
 KIND = "checkpoint"
 TRAINER = "trainer.json"
 _FORMAT_VERSION = 1
 
 WriteModel = Callable[[Path], Mapping[str, str]]
-"""Writes a model into an empty directory, every file flushed to the disk; returns file name -> SHA-256."""
+"""Writes a model, or a share of it, into a directory, every file flushed to the disk; returns name -> SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,31 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is to hold, as one process of the job knows it.
+
+    Attributes:
+        step: optimizer steps done.
+        run_id: stays the same over all resumes of a run.
+        write_model: writes the published model, or this process's share of it.
+        optimizer: its state by the parameters' names, or this process's share of the tensors.
+        state: plain data (JSON): progress, data, metrics; its `config` also goes into the manifest.
+        rngs: random-generator states of all ranks.
+        inputs: digests of what the run was made from.
+        shares: how many processes write tensors: the first ones; 1 or all of them.
+    """
+
+    step: int
+    run_id: str
+    write_model: WriteModel
+    optimizer: OptimizerState
+    state: Mapping[str, Any]
+    rngs: Sequence[Mapping[str, Any]]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    shares: int = 1
+
+
 def save_checkpoint(
     directory: Path,
     *,
@@ -86,67 +114,138 @@ def save_checkpoint(
     rngs: Sequence[Mapping[str, Any]] | None = None,
     inputs: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, all of it or nothing; an older one of the same step is replaced.
+    """Write the checkpoint of `step` from one process, all of it or nothing; see `Content` and `write_checkpoint`."""
+    known = rngs if rngs is not None else [capture_rng()]
+    content = Content(step, run_id, write_model, optimizer, state, known, dict(inputs or {}))
+    return write_checkpoint(directory, content)
+
+
+def write_checkpoint(directory: Path, content: Content, ranks: Ranks | None = None) -> Path:
+    """Write a checkpoint, all of it or nothing; an older one of the same step is replaced. All ranks call it together.
+
+    Each rank writes its share into one temporary directory and hands the digests to the first one, which publishes it
+    by a rename.
 
     Args:
         directory: the training directory (`<run>/train`).
-        step: optimizer steps done.
-        run_id: stays the same over all resumes of a run.
-        write_model: writes the published model.
-        optimizer: its state by the parameters' names.
-        state: plain data (JSON): progress, data, metrics; its `config` also goes into the manifest.
-        rngs: random-generator states of all ranks; this process's own when left out.
-        inputs: digests of what the run was made from.
+        content: as this rank knows it.
+        ranks: who writes; None for one process.
 
     Raises:
         ArtifactError: when `write_model` does not account for a file that it wrote.
-        OSError: when the disk is full, say; older checkpoints are untouched.
+        OSError: when a disk is full, say, on any rank; older checkpoints are untouched.
     """
-    path = checkpoint_path(directory, step)
-    trainer: dict[str, Any] = {
-        "format_version": _FORMAT_VERSION,
-        "code_version": __version__,
-        "step": step,
-        "run_id": run_id,
-        "inputs": dict(inputs or {}),
-        "rng": [dict(rng) for rng in rngs] if rngs is not None else [capture_rng()],
-        "state": dict(state),
-    }
-    with commit_directory(path, replace=True) as temporary:
-        (temporary / "model").mkdir()
-        files = {f"model/{name}": digest for name, digest in write_model(temporary / "model").items()}
-        _refuse_unlisted(temporary, files)
-        files |= _write_optimizer(temporary, optimizer)
-        files["trainer.json"] = write_json(temporary / "trainer.json", trainer)
-        write_manifest(
-            temporary,
-            kind=KIND,
-            config=trainer["state"].get("config") or {},
-            inputs=trainer["inputs"],
-            files=files,
-            facts={"step": step, "run_id": run_id},
-        )
+    ranks = ranks or Ranks.alone()
+    path = checkpoint_path(directory, content.step)
+    with ExitStack() as commit:
+        begin = lambda: str(commit.enter_context(commit_directory(path, replace=True)))  # noqa: E731
+        temporary = Path(together(ranks, begin if ranks.main else _nothing)[0])
+        shares = together(ranks, lambda: write_share(temporary, content, ranks.rank))
+
+        def publish() -> None:
+            write_head(temporary, content, shares)
+            commit.close()
+
+        together(ranks, publish if ranks.main else _nothing)
     return path
 
 
-def _write_optimizer(directory: Path, state: OptimizerState) -> dict[str, str]:
-    (directory / "optimizer").mkdir()
-    tensors, groups = "optimizer/optimizer-00001-of-00001.safetensors", "optimizer/optimizer.json"
-    return {
-        tensors: write_safetensors(
-            directory / tensors,
-            ((name, tensor_bytes(tensor)) for name, tensor in state.tensors.items()),
-            {"format": "pt"},
-        ),
-        groups: write_json(directory / groups, {"groups": state.groups, "stateless": list(state.stateless)}),
+def together(ranks: Ranks, function: Callable[[], Any]) -> list[Any]:
+    """What `function` returns (JSON) on each rank, by rank. Where it fails on one, all of them raise.
+
+    Raises:
+        OSError: when the disk, or a store, failed some of them; one's own, or one that names the rank.
+        ValueError: when some failed for another reason.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except (OSError, ValueError) as failed:
+        error = failed
+    failure = None if error is None else [_words(error), isinstance(error, OSError)]
+    found = ranks.gather([result, failure])
+    failures = [(rank, words, disk) for rank, (_, failure) in enumerate(found) if failure for words, disk in [failure]]
+    if not failures:
+        return [result for result, _ in found]
+    all_disks = all(disk for _, _, disk in failures)
+    if error is not None and isinstance(error, OSError) == all_disks:
+        raise error
+    rank, words, _ = next(failure for failure in failures if failure[2] == all_disks)
+    raise (OSError if all_disks else OtherRankError)(f"rank {rank}: {words}")
+
+
+def _words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _nothing() -> None:
+    """What the other ranks do while one works."""
+
+
+def write_share(directory: Path, content: Content, rank: int) -> dict[str, str]:
+    """Write what is a rank's to write: tensors, and from the first rank all that goes with them; return the digests.
+
+    Raises:
+        ArtifactError: when `write_model` does not account for a file that it wrote.
+        OSError: when the disk is full, say.
+    """
+    if rank >= content.shares:
+        return {}
+    for folder in ("model", "optimizer"):
+        (directory / folder).mkdir(exist_ok=True)
+    files = {f"model/{name}": digest for name, digest in content.write_model(directory / "model").items()}
+    if missing := sorted(name for name in files if not (directory / name).is_file()):
+        raise ArtifactError(f"the model's writer gave a digest for `{missing[0]}`, and did not write it")
+    state = content.optimizer
+    file = f"optimizer/optimizer-{rank + 1:05d}-of-{content.shares:05d}.safetensors"
+    tensors = ((name, late_bytes(tensor, partial(_same, tensor))) for name, tensor in state.tensors.items())
+    files[file] = write_safetensors(directory / file, tensors, {"format": "pt"})
+    if rank == 0:
+        groups = "optimizer/optimizer.json"
+        plain = {"groups": state.groups, "stateless": list(state.stateless)}
+        files[groups] = write_json(directory / groups, plain)
+    return files
+
+
+def write_head(directory: Path, content: Content, shares: Sequence[Mapping[str, str]]) -> Manifest:
+    """Write `trainer.json` and the manifest of all shares; the first rank's work.
+
+    Args:
+        directory: where its own share lies.
+        content: as it knows it.
+        shares: digests of the files of each rank.
+    """
+    trainer: dict[str, Any] = {
+        "format_version": _FORMAT_VERSION,
+        "code_version": __version__,
+        "step": content.step,
+        "run_id": content.run_id,
+        "inputs": dict(content.inputs),
+        "rng": [dict(rng) for rng in content.rngs],
+        "state": dict(content.state),
     }
+    files = {name: digest for share in shares for name, digest in share.items()}
+    _refuse_unlisted(directory, files)
+    files[TRAINER] = write_json(directory / TRAINER, trainer)
+    return write_manifest(
+        directory,
+        kind=KIND,
+        config=trainer["state"].get("config") or {},
+        inputs=trainer["inputs"],
+        files=files,
+        facts={"step": content.step, "run_id": content.run_id},
+    )
 
 
 def _refuse_unlisted(directory: Path, files: Mapping[str, str]) -> None:
     """Hashing a file from the disk would bless whatever the disk made of it, so every digest must be handed over."""
     written = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    if unlisted := sorted(written ^ set(files)):
-        raise ArtifactError(f"the model's writer gave no digest for `{unlisted[0]}`, or did not write it")
+    if unlisted := sorted(written - set(files)):
+        raise ArtifactError(f"the model's writer gave no digest for `{unlisted[0]}`")
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

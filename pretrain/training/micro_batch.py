@@ -23,6 +23,7 @@ _CPU_TOKENS = 4096
 
 def choose_micro_batch(
     config: RunConfig,
+    precision: str,
     engine: Engine,
     data: Data,
     backward: Callable[[Sequence[MicroBatch], int], Any],
@@ -32,6 +33,7 @@ def choose_micro_batch(
 
     Args:
         config: the run configuration.
+        precision: of the arithmetic.
         engine: at step 0, without any optimizer state yet.
         data: the data plane.
         backward: makes the gradient of micro-batches with so many targets.
@@ -48,7 +50,7 @@ def choose_micro_batch(
     micro_batch = rows
     if facts is not None:
         memory = torch.cuda.get_device_properties(engine.device).total_memory
-        width = 4 if engine.accelerator.mixed_precision == "no" else 2
+        width = 4 if precision == "fp32" else 2
         micro_batch = planned_micro_batch(config, facts, memory, engine.name, ranks.world, compute_bytes=width)
     while not _fits(engine, data, backward, micro_batch):
         if micro_batch == 1:

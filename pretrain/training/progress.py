@@ -54,6 +54,7 @@ class Result:
     progress: Progress
     checkpoint: Path
     stopped_by: str | None = None
+    where: str = ""
 
     @property
     def finished(self) -> bool:

@@ -1,7 +1,12 @@
 """When and what a run saves, what it does when that fails, and how it goes on from what it finds.
 
-What lives here: the pieces of a run that a checkpoint holds, the room that they need, the pointers, rotation, a full
-disk, and resuming. What must not: the form on the disk (`checkpoint_files`), or the loop.
+What lives here: the pieces of a run that a checkpoint holds, the save beside the training, what follows from a failed
+one, and resuming. What must not: the form on the disk (`checkpoint_files`), where it lies (`places`, `stored`), which
+rank holds what (`snapshots`), or the loop.
+
+With `checkpoint.asynchronous` training waits for a copy of the weights and the state alone; a thread hashes, writes and
+publishes it. One save is in flight at most: the next one waits for it. What a thread says is said by all ranks: a save
+that failed on one of them has failed.
 
 A save that fails leaves the older checkpoints as they were. With `checkpoint.on_error: keep-going` training goes on and
 the next save tries again. The last save of a process (the end, a stop signal, or any with `on_error: stop`) must
@@ -13,12 +18,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,29 +30,28 @@ from rich.console import Console
 from torch import Tensor
 
 from pretrain.config import RunConfig, config_to_dict, dump_config
-from pretrain.files import ArtifactError, bytes_in, make_directories, replace_file, update_file
-from pretrain.runtime import set_seed
-from pretrain.training import checkpoint
+from pretrain.files import ArtifactError, make_directories, update_file
+from pretrain.ranks import LostRankError, Ranks
+from pretrain.training import checkpoint, restoring
+from pretrain.training.checkpoint_files import Content
 from pretrain.training.engines import Engine
 from pretrain.training.engines.job import Job
 from pretrain.training.feed import Data
-from pretrain.training.optim import state_keys
+from pretrain.training.places import Place
 from pretrain.training.progress import Progress
-from pretrain.training.resuming import take_up
-from pretrain.training.state import OptimizerState, whole_state
+from pretrain.training.room import amount, checkpoint_bytes
+from pretrain.training.snapshots import Snapshots
+from pretrain.training.stored import open_place
 
 PATIENCE_SECONDS = 30.0
 """How long the last save is tried again: shorter than what a scheduler waits between SIGTERM and SIGKILL."""
 
 _SECONDS_BETWEEN_TRIES = 2.0
+_WORTH_SAYING = 0.5  # seconds that training waited for the save before
 
 
 class NotSavedError(ValueError):
     """The last checkpoint of a process could not be written; says what is lost and how to go on."""
-
-
-SAVED_MARK = "run.json"
-"""Written with a run's first checkpoint: where it stands and no checkpoint does, they were taken away."""
 
 
 class ModelStore(Protocol):
@@ -57,17 +60,49 @@ class ModelStore(Protocol):
     def write(self, model: Any, weights: Mapping[str, Tensor], directory: Path) -> dict[str, str]:
         """Write the directory of `model` with these whole weights by its own names; return its files' SHA-256."""
 
-    def read(self, model: Any, directory: Path) -> dict[str, Tensor]:
+    def together(self, model: Any, names: Collection[str]) -> Sequence[Sequence[str]]:
+        """The names of the model's tensors, each once; those of one list must be written by one process."""
+
+    def write_share(
+        self,
+        model: Any,
+        weights: Mapping[str, Tensor],
+        directory: Path,
+        shares: Sequence[Collection[str]],
+        number: int,
+    ) -> dict[str, str]:
+        """Write share `number` of the directory; weights of the other shares hold no data. All go into one place."""
+
+    def read(self, model: Any, directory: Path) -> Mapping[str, Tensor]:
         """The weights of a model directory by the names of `model`, in the precision that is stored."""
 
 
 @dataclass(frozen=True)
+class _Save:
+    """A save: what it holds, and what follows from it when it is whole."""
+
+    content: Content
+    best: dict[str, Any] | None
+    is_best: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A save that a thread works at."""
+
+    save: _Save
+    progress: Progress
+    future: Future[str | None]
+
+
+@dataclass
 class Saver:
-    """Saves a run and takes it up again.
+    """Saves a run and takes it up again. All ranks call its methods together, but for `write_copies`.
 
     Attributes:
         config: the run configuration.
-        directory: where checkpoints go (`<run>/train`).
+        directory: where the run keeps its records (`<run>/train`), and checkpoints unless `checkpoint.to` is set.
         engine: holds the weights and the optimizer's state.
         data: the data plane.
         store: writes and reads the model.
@@ -84,195 +119,229 @@ class Saver:
     job: Job
     console: Console
     inputs: Mapping[str, str] = field(default_factory=dict)
+    place: Place = field(init=False)
+    _ranks: Ranks = field(init=False)  # with a group of their own: a thread agrees while the loop does
+    _snapshots: Snapshots = field(init=False)
+    _thread: ThreadPoolExecutor | None = field(init=False, default=None)
+    _flight: _Flight | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.place = open_place(self.config, self.directory)
+        self._ranks = self.job.ranks.another_group(timeout=self.config.train.ddp_timeout)
+        above = self.config.checkpoint.shard_above_bytes
+        self._snapshots = Snapshots(self.engine, above, lambda names: self.store.together(self.engine.bare, names))
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def save(self, progress: Progress, *, loss: float | None = None, last: bool = True) -> Path | None:
-        """Write a checkpoint, move the pointers, then remove what is no longer kept.
+    def save(self, progress: Progress, *, loss: float | None = None, last: bool = True) -> str | None:
+        """Save the run, or begin to: a save that is not the last one may be made beside the training.
 
         Args:
-            progress: where the run stands.
+            progress: where the run stands; its `best` is moved once the save is whole.
             loss: of validation at this very step, which decides what is best; None when it was not scored.
             last: whether nothing is trained after it, so that what it does not hold is lost.
 
         Returns:
-            Where it lies; None when it could not be written and training goes on.
+            Where it lies, or will; None when it could not be written and training goes on.
 
         Raises:
             NotSavedError: when the last one could not be written, or any with `checkpoint.on_error: stop`.
         """
-        whole = self._gather()
-        rngs = self.job.ranks.gather(checkpoint.capture_rng())
-        path = self.job.ranks.on_main(lambda: _name(self._try(progress, loss, last, whole, rngs)))
-        progress.best = self.job.ranks.broadcast(progress.best)
-        return None if path is None else Path(path)
+        self.wait(say=True)
+        beside = self.config.checkpoint.asynchronous and not last
+        save = self._begin(progress, loss, last=last, copied=beside)
+        if not beside:
+            return self._settled(save, progress, self._try(save))
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._flight = _Flight(save, progress, self._thread.submit(self._try, save))
+        return self.place.where(progress.step)
 
-    def _try(
-        self,
-        progress: Progress,
-        loss: float | None,
-        last: bool,
-        whole: tuple[dict[str, Tensor], OptimizerState],
-        rngs: Sequence[Mapping[str, Any]],
-    ) -> Path | None:
-        """Save as often as it takes."""
-        deadline = None
+    def look(self) -> None:
+        """Between two steps: take note of a save that ended meanwhile.
+
+        Raises:
+            NotSavedError: when it failed and had to succeed.
+        """
+        if self._flight is None:
+            return
+        ended = self._flight.future.done()
+        ranks = self.job.ranks
+        if ended if ranks.world == 1 else not ranks.any(not ended):
+            self.wait()
+
+    def wait(self, *, say: bool = False) -> bool:
+        """Wait for the save in flight; returns whether it is whole, and True when there is none.
+
+        Args:
+            say: in the log, that training had to wait.
+
+        Raises:
+            NotSavedError: when it failed and had to succeed.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return True
+        started = time.monotonic()
+        path = flight.future.result()
+        waited = time.monotonic() - started
+        if say and waited > _WORTH_SAYING:
+            self._say(
+                f"training waited {waited:.1f} s for the save of step {flight.save.content.step:,}: saves take longer "
+                "than the steps between them; raise checkpoint.every"
+            )
+        return self._settled(flight.save, flight.progress, path) is not None
+
+    def close(self) -> None:
+        """Let the save in flight end, whatever else went wrong; its own failure is a line of the log."""
+        try:
+            self.wait()
+        except (NotSavedError, LostRankError) as error:
+            self._say(str(error))
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def _settled(self, save: _Save, progress: Progress, path: str | None) -> str | None:
+        if path is not None:
+            progress.best = save.best
+        return path
+
+    def _begin(self, progress: Progress, loss: float | None, *, last: bool, copied: bool) -> _Save:
+        """All that the save needs, as it is now."""
+        best: dict[str, Any] | None = progress.best
+        is_best = loss is not None and _better(loss, best)
+        if is_best:
+            best = {"step": progress.step, "loss": loss}
+        snapshot = self._snapshots.take(copied=copied)
+        shares, rank = snapshot.shares, self._ranks.rank
+
+        def write_model(directory: Path) -> Mapping[str, str]:
+            if shares.count == 1:
+                return self.store.write(self.engine.bare, snapshot.weights, directory)
+            return self.store.write_share(self.engine.bare, snapshot.weights, directory, shares.weights, rank)
+
+        content = Content(
+            step=progress.step,
+            run_id=progress.run_id,
+            write_model=write_model,
+            optimizer=snapshot.optimizer,
+            rngs=[checkpoint.capture_rng()],  # of this rank; the others' come when it is written
+            inputs=self.inputs,
+            shares=shares.count,
+            state={
+                "progress": asdict(progress) | {"best": best},
+                "data": self.data.state(progress.samples),
+                "config": config_to_dict(self.config),
+                "scaler": self.engine.scaler_state(),
+            },
+        )
+        return _Save(content, best, is_best, last)
+
+    def _try(self, save: _Save) -> str | None:
+        """Save as often as it takes, by the first rank's decision; beside the training this is a thread's work."""
+        deadline: float | None = None
+        rngs = [rng for own in self._ranks.gather(save.content.rngs) for rng in own]
+        save = replace(save, content=replace(save.content, rngs=rngs))
         while True:
             try:
-                return self._save(progress, loss, whole, rngs)
+                return self._write(save)
             except OSError as error:
-                message = self._not_saved(progress, error)
-            if not last and self.config.checkpoint.on_error == "keep-going":
-                self._say(f"{message} Training goes on; the next save tries again.")
+                failed = error
+            verdict, words = self._ranks.on_main(lambda: self._after(save, failed, deadline))  # noqa: B023
+            if verdict == "go on":
                 return None
+            if verdict == "lost":
+                raise NotSavedError(words)
             if deadline is None:
                 deadline = time.monotonic() + PATIENCE_SECONDS
-                self._say(message)
-                if self._make_room(progress):
-                    continue
-                self._say(f"trying again for {PATIENCE_SECONDS:.0f} s")
-            if time.monotonic() > deadline:
-                raise NotSavedError(f"{message} {self._lost(progress)}")
-            time.sleep(min(_SECONDS_BETWEEN_TRIES, PATIENCE_SECONDS))
+            if verdict == "wait":
+                time.sleep(min(_SECONDS_BETWEEN_TRIES, PATIENCE_SECONDS))
 
-    def _gather(self) -> tuple[dict[str, Tensor], OptimizerState]:
-        """Weights and optimizer state, whole. All ranks call it together."""
-        weights: dict[str, Tensor] = {}
-        tensors: dict[str, Tensor] = {}
-        for name in self.engine.names():
-            parameter, state = self.engine.parameter(name), self.engine.state(name)
-            if self.job.ranks.main:
-                weights[name] = parameter
-                tensors |= {f"{name}/{key}": value for key, value in state.items()}
-        return weights, whole_state(self.engine.groups(), tensors)
-
-    def _save(
-        self,
-        progress: Progress,
-        loss: float | None,
-        whole: tuple[dict[str, Tensor], OptimizerState],
-        rngs: Sequence[Mapping[str, Any]],
-    ) -> Path:
+    def _write(self, save: _Save) -> str:
         """One try.
 
         Raises:
             OSError: when the checkpoint is not whole; everything is as it was.
         """
-        aside = checkpoint.move_foreign_aside(self.directory, progress.step, progress.run_id)
-        if aside is not None:
-            self._say(f"another run's checkpoint stood at step {progress.step:,}; it lies in {aside} now")
-        before = progress.best
-        is_best = (
-            loss is not None
-            and math.isfinite(loss)
-            and (before is None or not math.isfinite(before["loss"]) or loss < before["loss"])
-        )
-        if is_best:
-            assert loss is not None
-            progress.best = {"step": progress.step, "loss": loss}
-        weights, optimizer = whole
-        try:
-            path = checkpoint.save_checkpoint(
-                self.directory,
-                step=progress.step,
-                run_id=progress.run_id,
-                write_model=lambda directory: self.store.write(self.engine.bare, weights, directory),
-                optimizer=optimizer,
-                rngs=rngs,
-                inputs=self.inputs,
-                state={
-                    "progress": asdict(progress),
-                    "data": self.data.state(progress.samples),
-                    "config": config_to_dict(self.config),
-                    "scaler": self.engine.scaler_state(),
-                },
-            )
-        except OSError:
-            progress.best = before
-            raise
-        try:
-            if not (self.directory / SAVED_MARK).exists():
-                replace_file(self.directory / SAVED_MARK, (json.dumps({"run_id": progress.run_id}) + "\n").encode())
-            checkpoint.point(self.directory, "latest", progress.step)
-            if is_best:
-                checkpoint.point(self.directory, "best", progress.step)
-            checkpoint.rotate(self.directory, keep=self.config.checkpoint.keep)
-        except (OSError, ArtifactError) as error:  # the checkpoint is whole: a run goes on from it whatever else failed
-            self._say(f"saved {path}, but could not move the pointers or remove older checkpoints: {error}")
+        path = self.place.write(save.content, self._ranks, self._say)
+        if self._ranks.main:
+            try:
+                self.place.settle(save.content, best=save.is_best, keep=self.config.checkpoint.keep)
+            except (OSError, ArtifactError) as error:  # it is whole: a run goes on from it whatever else failed
+                self._say(f"saved {path}, but could not move the pointers or remove older checkpoints: {error}")
         return path
 
-    def _not_saved(self, progress: Progress, error: OSError) -> str:
-        whole = checkpoint.list_checkpoints(self.directory, run_id=progress.run_id)
-        newest = f"the newest whole one is {whole[-1].name}" if whole else "there is none yet"
+    def _after(self, save: _Save, error: OSError, deadline: float | None) -> tuple[str, str]:
+        """What follows from a failed try: `go on` training, try again at `once` or after a `wait`, or it is `lost`."""
+        message = self._not_saved(save, error)
+        if not save.last and self.config.checkpoint.on_error == "keep-going":
+            self._say(f"{message} Training goes on; the next save tries again.")
+            return "go on", ""
+        if deadline is None:
+            self._say(message)
+            if self._make_room(save):
+                return "once", ""
+            self._say(f"trying again for {PATIENCE_SECONDS:.0f} s")
+            deadline = time.monotonic() + PATIENCE_SECONDS
+        if time.monotonic() > deadline:
+            return "lost", f"{message} {self._lost(save)}"
+        return "wait", ""
+
+    def _not_saved(self, save: _Save, error: OSError) -> str:
+        whole = self.place.steps(save.content.run_id)
+        newest = f"the newest whole one is step-{whole[-1]:08d}" if whole else "there is none yet"
+        free = self.place.free_bytes()
+        needs = f"It needs {amount(self.checkpoint_bytes())}" + ("" if free is None else f", {amount(free)} are free")
         return (
-            f"the checkpoint of step {progress.step:,} was not saved: {error.strerror or error}. It needs "
-            f"{_amount(self.checkpoint_bytes())}, {_amount(_free_bytes(self.directory))} are free in "
-            f"`{self.directory}`; {newest}. Free space there, or lower checkpoint.keep."
+            f"the checkpoint of step {save.content.step:,} was not saved: {error.strerror or error}. {needs} in "
+            f"`{self.place.name}`; {newest}. Free space there, or lower checkpoint.keep."
         )
 
-    def _lost(self, progress: Progress) -> str:
-        whole = checkpoint.list_checkpoints(self.directory, run_id=progress.run_id)
-        first = int(whole[-1].name.partition("-")[2]) if whole else 0
+    def _lost(self, save: _Save) -> str:
+        whole = self.place.steps(save.content.run_id)
+        first = whole[-1] if whole else 0
         return (
-            f"Steps {first + 1:,} to {progress.step:,} are lost; when there is space, run the same command again: it "
-            f"goes on from step {first:,}."
+            f"Steps {first + 1:,} to {save.content.step:,} are lost; when there is space, run the same command again: "
+            f"it goes on from step {first:,}."
         )
 
-    def _make_room(self, progress: Progress) -> bool:
+    def _make_room(self, save: _Save) -> bool:
         """Remove what only `checkpoint.keep` holds; returns whether there was something."""
         try:
-            removed = checkpoint.make_room(self.directory, run_id=progress.run_id)
+            removed = self.place.make_room(save.content.run_id)
         except (OSError, ArtifactError) as error:
             self._say(f"no room was made: {error}")
             return False
-        for path in removed:
-            self._say(f"removed {path.name} to make room for the last checkpoint")
+        for name in removed:
+            self._say(f"removed {name} to make room for the last checkpoint")
         return bool(removed)
 
     def _say(self, line: str) -> None:
         with suppress(OSError):  # the log may lie on the disk that is full
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, markup=False)  # errors of gloo hold [/paths]
 
-    # --- room -------------------------------------------------------------------------------------------------------
+    # --- before the first step --------------------------------------------------------------------------------------
 
     def checkpoint_bytes(self) -> int:
         """At most what one checkpoint takes on the disk."""
-        weights = {name: shape.nbytes for name, shape in self.engine.shapes().items()}
-        state = 0
-        tensors = len(weights)
-        for group in self.engine.groups():
-            keys = len(state_keys(group)) - 1  # all but the step, a number
-            state += keys * sum(weights[name] for name in group["parameters"])
-            tensors += (keys + 1) * len(group["parameters"])
-        buffers = sum(buffer.nbytes for buffer in self.engine.bare.buffers())
-        tokenizer = bytes_in(self.config.directory / "tokenizer")
-        # Names and shapes, the random generators and the configuration as JSON, and half-filled blocks of the disk.
-        slack = 400 * tensors + 192 * 1024 + (sum(weights.values()) + state) // 100
-        return sum(weights.values()) + state + buffers + tokenizer + slack
+        return checkpoint_bytes(self.config, self.engine)
+
+    def check(self) -> None:
+        """Refuse a place for checkpoints that cannot be used.
+
+        Raises:
+            ValueError: names what is in the way, and the remedy.
+        """
+        self.place.check(self.job.ranks)
 
     def check_space(self, progress: Progress, *, save_every: int, judged: bool) -> None:
         """Refuse a run whose checkpoints do not fit on the disk, before it is trained.
 
-        Counts what lies there together at most: `checkpoint.keep`, the best one where a validation set judges, and the
-        one that is being written.
-
         Raises:
             ArtifactError: with the numbers and the remedy.
         """
-        one = self.checkpoint_bytes()
-        own = checkpoint.list_checkpoints(self.directory, run_id=progress.run_id)
-        to_come = math.ceil((progress.total_steps - progress.step) / save_every)
-        together = min(self.config.checkpoint.keep + 1 + judged, len(own) + to_come)
-        together = max(together, len(own) + 1)  # the first save comes before any removal
-        missing = max(one, together * one - sum(bytes_in(path) for path in own))
-        free = _free_bytes(self.directory)
-        if missing > free:
-            raise ArtifactError(
-                f"`{self.directory}` has {_amount(free)} free, and the checkpoints need {_amount(missing)}: "
-                f"{together} of {_amount(one)} lie there together (checkpoint.keep: {self.config.checkpoint.keep}, the "
-                f"one that is being written{', the best one' if judged else ''}), {len(own)} are there already. Free "
-                f"{_amount(missing - free)}, lower checkpoint.keep, or give another place with out="
-            )
+        keep, one = self.config.checkpoint.keep, self.checkpoint_bytes()
+        self.place.check_space(progress, one=one, keep=keep, save_every=save_every, judged=judged)
 
     # --- going on ---------------------------------------------------------------------------------------------------
 
@@ -300,99 +369,36 @@ class Saver:
             ArtifactError: when what is there cannot be used.
             ValueError: when the data is not what the checkpoint saw.
         """
-        found = self.job.ranks.on_main(self._find)
-        return None if found is None else self._take_up(Path(found), allow_changes)
-
-    def _find(self) -> str | None:
-        """The newest whole checkpoint; None when nothing was ever saved."""
-        found = checkpoint.find_resumable(self.directory, report=self._say)
-        if found is None and (self.directory / SAVED_MARK).exists():
-            raise ArtifactError(
-                f"`{self.directory}` had checkpoints, and there is none now; put them back, give another name=, or "
-                f"start anew with `pretrain run --fresh` (or by removing `{self.directory}`)"
-            )
-        return _name(found)
-
-    def _take_up(self, found: Path, allow_changes: Collection[str]) -> Progress:
-        """Go on from a checkpoint whose digests were compared."""
-        loaded = checkpoint.load_checkpoint(found, verify=False)  # its digests were just compared
-        saved = loaded.state["progress"]
-        if unknown := sorted(set(saved) - {known.name for known in fields(Progress)}):
-            raise ArtifactError(f"`{found}` holds `{unknown[0]}`, which this version does not know; use a newer one")
-        progress = Progress(**saved)
-        budget_before = progress.total_steps
-        notes = take_up(
-            progress,
-            loaded.state["config"],
+        ranks = self.job.ranks
+        found = self.place.find(ranks, self._say)
+        if found is None:
+            return None
+        progress, notes = restoring.restore(
+            found,
             self.config,
-            num_rows=self.data.num_rows,
-            rates=self._rates(loaded.optimizer.groups),
+            engine=self.engine,
+            data=self.data,
+            read_model=lambda directory: self.store.read(self.engine.bare, directory),
             arithmetic=self.arithmetic,
             allow=allow_changes,
-            attention_dropout=getattr(getattr(self.engine.bare, "config", None), "attention_dropout", None),
-            processes=(len(loaded.rngs), self.job.ranks.world),
         )
-        told = self.data.for_run(progress.total_steps)
-        self.data.check(loaded.state["data"])
-        notes = [*notes, *(told if progress.total_steps != budget_before else ())]
-        self.engine.load(self.store.read(self.engine.bare, found / "model"), loaded.optimizer)
-        ranks = self.job.ranks
-        if len(loaded.rngs) == ranks.world or ranks.main:
-            checkpoint.restore_rng(loaded.rngs[ranks.rank])
-        else:  # another number of processes: what is drawn without a key starts anew
-            set_seed(self.config.train.seed + ranks.rank + progress.step * ranks.world)
-        self.engine.load_scaler_state(loaded.state["scaler"])
         what = "finished already: nothing is trained after" if progress.finished else "going on from"
-        for note in (*notes, f"{what} step {progress.step:,} of {progress.total_steps:,} ({found})"):
+        where = self.place.where(progress.step)
+        for note in (*notes, f"{what} step {progress.step:,} of {progress.total_steps:,} ({where})"):
             self._say(note)
         if not progress.finished:
             ranks.on_main(lambda: self.write_copies(progress.changes))
         if ranks.main:
-            self._repair_pointers(progress)
+            wanted: dict[checkpoint.Pointer, int] = {"latest": progress.step}
+            if progress.best is not None:
+                wanted["best"] = int(progress.best["step"])
+            self.place.repair(wanted, self._say)
+        ranks.barrier()
+        if ranks.local_rank == 0:
+            self.place.done(found)
         return progress
 
-    def _rates(self, saved: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-        """Peak learning rates by optimizer group: (the checkpoint's, the one wanted now)."""
-        before = {str(group.get("name")): float(group["initial_lr"]) for group in saved}
-        now = {str(group.get("name")): float(group["initial_lr"]) for group in self.engine.groups()}
-        return {name: (before[name], rate) for name, rate in now.items() if name in before}
 
-    def _repair_pointers(self, progress: Progress) -> None:
-        """Let the pointers name what this checkpoint says: a kill, or damage, may have left other ones."""
-        wanted: dict[checkpoint.Pointer, int] = {"latest": progress.step}
-        if progress.best is not None:
-            wanted["best"] = int(progress.best["step"])
-        for name, step in wanted.items():
-            path = checkpoint.checkpoint_path(self.directory, step)
-            try:
-                pointed = checkpoint.read_pointer(self.directory, name)
-                if pointed is None and name == "best":
-                    self._say(f"the pointer to the best checkpoint is missing; it names {path.name} again")
-            except ArtifactError as error:
-                pointed = None
-                if name == "best":  # the latest was spoken of when it was looked for
-                    self._say(f"the pointer to the best checkpoint is not used, it names {path.name} again: {error}")
-            if pointed != path and path.is_dir():
-                with suppress(OSError, ArtifactError):  # on a full disk; the next save tries again
-                    checkpoint.point(self.directory, name, step)
-
-
-def _name(path: Path | None) -> str | None:
-    """A path as plain data."""
-    return None if path is None else str(path)
-
-
-def _free_bytes(directory: Path) -> int:
-    """What an ordinary user may still write where `directory` lies, or will lie."""
-    place = directory
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(os.fspath(place)).free
-
-
-def _amount(number: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
-        number /= 1024
-    return f"{number:,.1f} GiB"
+def _better(loss: float, best: Mapping[str, Any] | None) -> bool:
+    """Whether a loss makes its checkpoint the best one."""
+    return math.isfinite(loss) and (best is None or not math.isfinite(best["loss"]) or loss < best["loss"])

@@ -10,7 +10,7 @@ engines, so any of them can read what another one wrote.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.files import ArtifactError, TensorBytes
+from pretrain.files import ArtifactError, LateBytes, TensorBytes
 from pretrain.training.optim import state_keys
 
 _DTYPE_NAMES = {
@@ -48,6 +48,22 @@ def tensor_bytes(tensor: Tensor) -> TensorBytes:
     # numpy knows no bfloat16, but every dtype's bytes; `view` shares the memory.
     data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
     return TensorBytes(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+
+def late_bytes(like: Tensor, make: Callable[[], Tensor]) -> LateBytes:
+    """A tensor as safetensors holds it, made when it is written.
+
+    Args:
+        like: of its shape and dtype; it may hold no data (the meta device).
+        make: gives the tensor.
+
+    Raises:
+        ValueError: for a dtype that safetensors does not have.
+    """
+    if like.dtype not in _DTYPE_NAMES:
+        raise ValueError(f"a tensor of dtype {like.dtype} cannot be saved; convert it to a plain dtype first")
+    size = like.numel() * like.dtype.itemsize
+    return LateBytes(_DTYPE_NAMES[like.dtype], tuple(like.shape), size, lambda: tensor_bytes(make()).data)
 
 
 # --- optimizer ------------------------------------------------------------------------------------------------------

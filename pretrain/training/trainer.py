@@ -10,6 +10,7 @@ steps), and a checkpoint holds everything else, so an interrupted run goes on bi
 from __future__ import annotations
 
 import json
+import socket
 import statistics
 import time
 import uuid
@@ -26,21 +27,25 @@ from pretrain.config import RunConfig, config_to_dict
 from pretrain.config_types import amount_in_steps
 from pretrain.files import replace_file
 from pretrain.heartbeat import Heartbeat
+from pretrain.planning.facts import ModelFacts
 from pretrain.ranks import Ranks
 from pretrain.runtime import StopSignals, peak_memory_bytes, set_seed
 from pretrain.training import checkpoint
 from pretrain.training.engines import make_engine
 from pretrain.training.engines.job import Job, open_job
-from pretrain.training.feed import Data, Feed, MicroBatch, largest_share
+from pretrain.training.feed import Data, Feed, MicroBatch
 from pretrain.training.flops import peak_flops
-from pretrain.training.guard import Guard, Verdict, error, message
+from pretrain.training.guard import Guard, error, message
 from pretrain.training.metrics import JsonLines, Metrics, open_metrics
+from pretrain.training.micro_batch import choose_micro_batch
+from pretrain.training.pending import Known, Sent, make_road
 from pretrain.training.progress import Progress, Result, budget_minutes, steps_of
 from pretrain.training.records import fixed_steps
+from pretrain.training.replicas import Replicas
 from pretrain.training.saving import ModelStore, Saver
 from pretrain.training.schedule import learning_rate_scale
+from pretrain.training.slow_ranks import SlowRanks
 
-_CPU_MICRO_BATCH_TOKENS = 4096
 _PROBE_SECONDS = 6.0
 
 
@@ -61,13 +66,13 @@ class AgreedStop:
         """Whether they have agreed to stop; one process needs to ask nobody."""
         return self.received is not None or (self._ranks.world == 1 and self.look())
 
-    def agree(self, value: float = 0.0) -> float:
-        """Look together whether any of them was asked to stop; returns the sum of their `value`s on the way."""
-        total, asked = self._ranks.sum([value, float(self._signals.requested)])
+    def agree(self, *values: float) -> list[float]:
+        """Look together whether any of them was asked to stop; returns the sums of their `values` on the way."""
+        *totals, asked = self._ranks.sum([*values, float(self._signals.requested)])
         if asked and self.received is None:
             names = [name for name in self._ranks.gather(self._signals.received) if name is not None]
             self.received = names[0]
-        return total
+        return totals
 
     def look(self) -> bool:
         """`agree` for whoever has nothing to add up."""
@@ -108,6 +113,7 @@ class Trainer:
         evaluators: by name.
         judges: names of the evaluators whose mean `loss` decides what is best; the first one when left out.
         flops_per_token: model FLOPs of a token, forward and backward, for MFU.
+        model_facts: of the model, by which `train.micro_batch: auto` is planned on a GPU.
         inputs: digests of what is trained on; every checkpoint holds them.
         console: where progress is shown.
         job: the processes of the run and what they run on; opened when left out.
@@ -125,6 +131,7 @@ class Trainer:
         evaluators: Mapping[str, Evaluator] | None = None,
         judges: Sequence[str] | None = None,
         flops_per_token: float | None = None,
+        model_facts: ModelFacts | None = None,
         inputs: Mapping[str, str] | None = None,
         console: Console | None = None,
         job: Job | None = None,
@@ -146,9 +153,15 @@ class Trainer:
         self.engine = make_engine(self.job.strategy, config.train, self.job.accelerator, self.ranks, model, optimizer)
         self.saver = Saver(config, self.directory, self.engine, data, store, self.job, self.console, dict(inputs or {}))
         self.base_lrs = [float(group["initial_lr"]) for group in optimizer.param_groups]
-        self.guard = Guard.of(config.train, scaled=self.engine.scaled)
+        self.road = make_road(config.train, Guard.of(config.train, scaled=self.engine.scaled), self.engine)
+        self._known_at = 0.0
+        hosts = self.ranks.gather(socket.gethostname())
+        self.replicas = Replicas(config.train.check_replicas, self.engine, hosts)
+        self.slow_ranks = SlowRanks(config.log.slow_ranks, self.engine, hosts)
         self.heartbeat = Heartbeat.from_environment(self.ranks.rank)
-        self.micro_batch = self._choose_micro_batch()
+        self.micro_batch = choose_micro_batch(
+            config, self.job.precision, self.engine, data, self._backward, model_facts
+        )
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -167,6 +180,7 @@ class Trainer:
         set_seed(self.config.train.seed + self.ranks.rank)  # what is drawn without a key differs between the ranks
         with StopSignals(self.config.train.stop_signals) as signals:
             stop = AgreedStop(signals, self.ranks)
+            self.saver.check()
             progress = self.saver.resume(allow_changes) if resume else None
             saved = None if progress is None else progress.step
             if progress is None:
@@ -175,11 +189,15 @@ class Trainer:
                 self.micro_batch = progress.micro_batch
             progress.micro_batch = self.micro_batch
             if not progress.finished:
+                self.road.begin(progress.guard)
+                self.replicas.begin()
+                self.slow_ranks.begin()
                 saved = self._loop(progress, saved, stop)
         assert saved is not None
         self.heartbeat.beat(progress.step, "end")
         stopped_by = None if progress.finished else stop.received
-        return Result(progress, checkpoint.checkpoint_path(self.directory, saved), stopped_by)
+        path = checkpoint.checkpoint_path(self.directory, saved)
+        return Result(progress, path, stopped_by, self.saver.place.where(saved))
 
     def _begin(self) -> Progress:
         """Step 0 of a new run, its length fixed."""
@@ -204,6 +222,7 @@ class Trainer:
         def settle() -> None:
             """Evaluate and save where this step wants it."""
             nonlocal saved
+            self.saver.look()
             done, wanted = progress.step == progress.total_steps, progress.step % evaluate_every == 0
             known = progress.scored_at == progress.step and progress.step > 0  # nothing is kept of a start at step 0
             if (done or wanted) and not known and not stop.requested:
@@ -211,10 +230,12 @@ class Trainer:
                 saved = saved if saved != progress.step else None  # a save without its scores is made again
             if progress.step and saved != progress.step and (done or progress.step % save_every == 0):
                 self.heartbeat.beat(progress.step, "save")
+                self._before_save(progress, metrics)
                 whole = self.saver.save(progress, loss=self._judged(progress), last=done or stop.requested)
                 saved = progress.step if whole is not None else saved
+            self.heartbeat.beat(progress.step, "step")  # waiting for its data belongs to a step
 
-        with self._open_metrics(progress) as metrics:
+        with self._open_metrics(progress) as metrics, closing(self.saver):
             stop.agree()
             settle()
             for micro_batches, waited in self.feed.ahead(progress.step, progress.total_steps):
@@ -222,8 +243,10 @@ class Trainer:
                     break
                 self._step(progress, micro_batches, waited, metrics, stop)
                 settle()
-            if saved != progress.step:
-                self.heartbeat.beat(progress.step, "save")
+            self.heartbeat.beat(progress.step, "save")
+            self._before_save(progress, metrics)
+            whole_too = self.saver.wait()
+            if saved != progress.step or not whole_too:
                 self.saver.save(progress, loss=self._judged(progress))
         return progress.step
 
@@ -231,34 +254,55 @@ class Trainer:
         self, progress: Progress, micro_batches: Sequence[MicroBatch], waited: float, metrics: Metrics, stop: AgreedStop
     ) -> None:
         """One optimizer step over the global batch, normalized by its number of targets."""
-        started = time.perf_counter()
-        self.heartbeat.beat(progress.step, "step")
+        since = time.perf_counter() - waited
         scale = learning_rate_scale(progress.step, progress.total_steps, self.config.schedule)
         self._set_learning_rate(scale)
+        self.slow_ranks.arrive(waited)
         num_targets, num_tokens = self.ranks.sum(
             [sum(batch.num_targets for batch in micro_batches), sum(batch.num_tokens for batch in micro_batches)]
         )
         share = self._backward(micro_batches, int(num_targets))
-        loss = stop.agree(share.item())
-        verdict = Verdict()
-
-        def judge(norm: float) -> bool:
-            nonlocal verdict
-            verdict = self.guard.judge(progress.guard, loss, norm)
-            return verdict.update
-
-        norm = self.engine.update(self.config.train.max_grad_norm, judge)
-        seconds = time.perf_counter() - started + waited
-        progress.seconds += seconds
         progress.step += 1
         progress.samples += self.config.rows_per_batch
         progress.tokens += self.config.train.batch_tokens
         progress.text_tokens += int(num_tokens)
-        if verdict.why or progress.step % self.config.log.every == 0 or progress.step == progress.total_steps:
-            numbers = self._numbers(progress, loss, norm, scale, seconds, waited, int(num_tokens))
-            metrics.write(progress.step, numbers | verdict.numbers())
+        sent = Sent(progress.step, progress.tokens, int(num_tokens), scale, since, waited, micro_batches)
+        all_known = self.road.update(progress.guard, sent, share, stop.agree)
+        slow = self.slow_ranks.look(progress.step)
+        self.slow_ranks.leave()
+        for line in slow:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        for known in all_known:
+            self._conclude(progress, known, metrics)
+        if self.replicas.due(progress.step):
+            self._check_replicas(progress)
+
+    def _drain(self, progress: Progress, metrics: Metrics) -> None:
+        """Let everything be known of the steps that were made: before anything looks at where the run stands."""
+        self.slow_ranks.pause()
+        for known in self.road.drain(progress.guard):
+            self._conclude(progress, known, metrics)
+
+    def _before_save(self, progress: Progress, metrics: Metrics) -> None:
+        """What is saved is known to the end, and the copies of it agree: rank 0 may hold the bad one."""
+        self._drain(progress, metrics)
+        if self.replicas.wanted:
+            self._check_replicas(progress)
+
+    def _check_replicas(self, progress: Progress) -> None:
+        self.slow_ranks.pause()
+        self.replicas.check(progress.step, lambda: self._next_call(progress))
+
+    def _conclude(self, progress: Progress, known: Known, metrics: Metrics) -> None:
+        """Log a step of which everything is known, and say what the guard found."""
+        sent, verdict = known.sent, known.verdict
+        seconds = known.at - max(sent.since, self._known_at)
+        self._known_at = known.at
+        progress.seconds += seconds
+        if verdict.why or sent.step % self.config.log.every == 0 or sent.step == progress.total_steps:
+            metrics.write(sent.step, self._numbers(known, seconds, progress.seconds) | verdict.numbers())
         if verdict.why and (verdict.why != "overflow" or verdict.stop):
-            self._report(progress, verdict, loss, norm, micro_batches)
+            self._report(progress, known)
 
     def _backward(self, micro_batches: Sequence[MicroBatch], num_targets: int) -> Tensor:
         """The gradient of the global batch; returns this rank's share of its loss."""
@@ -268,48 +312,51 @@ class Trainer:
             tensors = batch.tensors(self.device)
 
             def share(tensors: dict[str, Tensor] = tensors) -> Tensor:
-                loss: Tensor = self.engine.model(**tensors, num_items_in_batch=max(1, num_targets)).loss
+                with self.slow_ranks.computing():
+                    loss: Tensor = self.engine.model(**tensors, num_items_in_batch=max(1, num_targets)).loss
                 return loss
 
             total += self.engine.backward(share, last=number == len(micro_batches))
         return total
 
-    def _report(
-        self, progress: Progress, verdict: Verdict, loss: float, norm: float, micro_batches: Sequence[MicroBatch]
-    ) -> None:
+    def _report(self, progress: Progress, known: Known) -> None:
         """Name the rows of a step that the guard found fault with: a line here, and one in `skipped.jsonl`.
 
         Raises:
             NonFiniteError, SpikeError: when the run ends here.
         """
-        own = [row for batch in micro_batches for row in batch.row_ids.tolist()]
-        step, rows = progress.step, [row for found in self.ranks.gather(own) for row in found]
-        found = {"why": verdict.why, "skipped": not verdict.update, "loss": loss, "grad_norm": norm, "rows": rows}
+        own = [row for batch in known.sent.micro_batches for row in batch.row_ids.tolist()]
+        step, verdict, rows = known.sent.step, known.verdict, [row for rows in self.ranks.gather(own) for row in rows]
+        found = {"why": verdict.why, "skipped": not verdict.update, "loss": known.loss, "grad_norm": known.norm}
         if self.ranks.main:
             with suppress(OSError), closing(JsonLines(self.directory / "skipped.jsonl", first_step=step - 1)) as record:
-                record.write(step, found)  # a full disk must not end the training
+                record.write(step, found | {"rows": rows})  # a full disk must not end the training
         line = message(step, verdict, rows, f"pretrain inspect {self.directory / 'config.yaml'} --step {step}")
         if verdict.stop:
-            whole = checkpoint.list_checkpoints(self.directory, run_id=progress.run_id)
-            where = f"checkpoint {whole[-1].name}" if whole else "step 0: nothing is saved yet"
-            raise error(verdict, line, progress.guard.in_a_row, f"The next call goes on from {where}.")
+            raise error(verdict, line, progress.guard.in_a_row, self._next_call(progress))
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def _numbers(
-        self, progress: Progress, loss: float, norm: float, scale: float, seconds: float, waited: float, tokens: int
-    ) -> dict[str, float]:
-        rate = tokens / seconds
+    def _next_call(self, progress: Progress) -> str:
+        """From where the next call goes on, when this one ends with an error."""
+        self.saver.close()
+        whole = self.saver.place.steps(progress.run_id)
+        where = f"checkpoint step-{whole[-1]:08d}" if whole else "step 0: nothing is saved yet"
+        return f"The next call goes on from {where}."
+
+    def _numbers(self, known: Known, seconds: float, seconds_of_run: float) -> dict[str, float]:
+        sent = known.sent
+        rate = sent.text_tokens / seconds
         numbers = {
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": self.base_lrs[0] * scale,
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
+            "loss": known.loss,
+            "grad_norm": known.norm,
+            "lr": self.base_lrs[0] * sent.scale,
+            "tokens": sent.tokens,
+            "seconds": seconds_of_run,
             "tokens_per_second": rate,
-            "data_wait": waited / seconds,
+            "data_wait": min(1.0, sent.waited / seconds),
             "memory_gib": peak_memory_bytes(self.device) / 2**30,
         }
-        peak = peak_flops(self.device, self.job.accelerator.mixed_precision)
+        peak = peak_flops(self.device, self.job.precision)
         if peak is not None and self.flops_per_token is not None:
             numbers["mfu"] = rate * self.flops_per_token / (peak * self.ranks.world)
         return numbers
@@ -324,32 +371,6 @@ class Trainer:
     def feed(self) -> Feed:
         """The micro-batches of this process."""
         return Feed(self.data, self.config.rows_per_batch, self.micro_batch, self.ranks)
-
-    def _choose_micro_batch(self) -> int:
-        """Rows a forward pass: as configured, or on a GPU the most that fit, or on a CPU what its caches like."""
-        rows = largest_share(self.config.rows_per_batch, self.ranks.world)
-        if self.config.train.micro_batch != "auto":
-            return min(rows, self.config.train.micro_batch)
-        if self.device.type != "cuda":
-            return min(rows, max(1, _CPU_MICRO_BATCH_TOKENS // self.config.data.sequence_length))
-        micro_batch = rows
-        # The optimizer's state is not there yet: hold its place (two values a parameter) while trying.
-        state = sum(shape.nbytes for shape in self.engine.shapes().values() if shape.trained) // 4
-        place = torch.empty(2 * state, dtype=torch.float32, device=self.device)
-        while True:
-            try:
-                trial = Feed(self.data, micro_batch, micro_batch, Ranks.alone()).micro_batches(0)
-                self._backward(trial, trial[0].num_targets)
-            except torch.OutOfMemoryError:
-                if micro_batch == 1:
-                    raise
-                micro_batch = (micro_batch + 1) // 2
-            else:
-                del place
-                return micro_batch
-            finally:
-                self.engine.drop()
-                torch.cuda.empty_cache()
 
     # --- the budget -------------------------------------------------------------------------------------------------
 
@@ -402,6 +423,7 @@ class Trainer:
 
     def _evaluate(self, progress: Progress, metrics: Metrics, stop: AgreedStop) -> None:
         """Run every evaluator; scores go to the sinks as `name/score`. A stop signal may end it without any."""
+        self._drain(progress, metrics)
         self.engine.model.eval()
 
         def stopping() -> bool:

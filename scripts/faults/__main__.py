@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 from outcome import Fault, Line, inject_number  # noqa: E402
 
-TOPICS = ("saving", "resume", "data", "training", "processes")
+TOPICS = ("saving", "resume", "data", "training", "processes", "ranks")
 
 
 def collect(topics: Sequence[str] = TOPICS) -> list[tuple[Fault, str, int]]:

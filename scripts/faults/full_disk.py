@@ -14,7 +14,7 @@ from typing import Any
 
 import tiny
 from outcome import Outcome
-from trial import EVERY, SECTIONS, STEPS, TRAIN, Tally, against, not_run, repeated, spread, whole
+from trial import CHECKPOINT, EVERY, SECTIONS, STEPS, TRAIN, Tally, against, not_run, repeated, spread, whole
 from warm import Warm
 
 
@@ -99,7 +99,7 @@ def _sizes(directory: Path) -> list[tuple[str, int]]:
 def disk_full_at_the_end(folder: Path) -> Outcome:
     """The last save of a process on a full disk: by on_error=stop, at the end of the run, after a stop signal."""
     oracle = _oracle_with_ballast(folder)
-    stop = {"checkpoint": {"every": EVERY, "on_error": "stop"}}
+    stop = {"checkpoint": {**CHECKPOINT, "on_error": "stop"}}
     full = {"BALLAST_FROM": "4", "BALLAST_UNTIL": "100", "BALLAST_FREE": "20000"}
     cases: list[tuple[str, dict[str, Any], dict[str, str], bool]] = [
         ("room comes back", stop, {**full, "BALLAST_SECONDS": "3"}, True),

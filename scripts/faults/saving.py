@@ -22,17 +22,34 @@ from damage import damaged, damages
 from full_disk import disk_full, disk_full_at_the_end, too_small_a_disk
 from order import violations
 from outcome import Fault, Outcome
-from trial import EVERY, EXIT_STOPPED, SECTIONS, STEPS, TRAIN, Tally, against, go_on, not_run, repeated, spread, whole
+from trial import (
+    CHECKPOINT,
+    EVERY,
+    EXIT_STOPPED,
+    SECTIONS,
+    STEPS,
+    TRAIN,
+    Tally,
+    against,
+    go_on,
+    not_run,
+    repeated,
+    spread,
+    whole,
+)
 from warm import Warm
 
 # --- rows 1 and 2: kills ----------------------------------------------------------------------------------------------
 
 
-def kill_everywhere(folder: Path, *, keep: int, sample: int | None = None) -> Outcome:
-    """kill -9 at every change to the disk of a whole run: its saves, pointers, rotations, logs and end."""
+def kill_everywhere(folder: Path, *, keep: int, sample: int | None = None, beside: bool = False) -> Outcome:
+    """kill -9 at every change to the disk of a whole run: its saves, pointers, rotations, logs and end.
+
+    With `beside`, the saves are made by a thread beside the training, and the calls of all threads count.
+    """
     if why := tracing.unavailable():
         return not_run(why)
-    sections = {**SECTIONS, "checkpoint": {"every": EVERY, "keep": keep}}
+    sections = {**SECTIONS, "checkpoint": {**CHECKPOINT, "keep": keep, "asynchronous": beside}}
     template = tiny.make(folder / "template", **sections)
     tally = Tally()
 
@@ -42,29 +59,35 @@ def kill_everywhere(folder: Path, *, keep: int, sample: int | None = None) -> Ou
             run = tiny.copy(template, place)
             inject = f"{name}:signal=SIGKILL:when={number}"
             code, _, _, _ = tracing.traced(warm, [TRAIN, str(run.config)], place, inject=inject, calls=name)
-            tally.add(_after_kill(warm, run, oracle, code, f"{name} {number}"), repeated=repeated(run))
+            missed = code == 0 and beside  # which thread comes to a call first is not the same every time
+            wrong = against(run, oracle) if missed else _after_kill(warm, run, oracle, code, f"{name} {number}", beside)
+            tally.add(wrong, repeated=repeated(run))
             shutil.rmtree(place)
 
     with Warm() as warm:
         unhurt = tiny.copy(template, folder / "unhurt")
         code, pid, calls, said = tracing.traced(warm, [TRAIN, str(unhurt.config)], folder)
         assert code == 0, said
-        oracle, points = tiny.trace(unhurt), tracing.points(calls, pid)
+        oracle, points = tiny.trace(unhurt), tracing.points(calls, pid, threads=beside)
         if sample is not None:
             work(warm, random.Random(0).sample(points, min(sample, len(points))))
     if sample is None:
         spread(points, work)
     kinds = ", ".join(sorted({name for name, _ in points}))
-    return tally.outcome(f"keep={keep}; every {kinds} of a run with {STEPS // EVERY} saves")
+    how = "saves beside the training; " if beside else ""
+    return tally.outcome(f"{how}keep={keep}; every {kinds} of a run with {STEPS // EVERY} saves")
 
 
-def _after_kill(warm: Warm, run: tiny.Run, oracle: tiny.Trace, code: int, point: str) -> str:
-    """One whole checkpoint must be there as soon as one was, and the same command must go on to the same end."""
+def _after_kill(warm: Warm, run: tiny.Run, oracle: tiny.Trace, code: int, point: str, beside: bool) -> str:
+    """One whole checkpoint must be there as soon as one was, and the same command must go on to the same end.
+
+    A save beside the training is whole when the next one begins.
+    """
     if code != -9:
         return f"{point}: not killed, exit {code}"
     trained = [line["step"] for line in tiny._lines(run.directory / "rows.jsonl")]
     steps = whole(run)
-    if max(trained, default=0) > EVERY and not steps:
+    if max(trained, default=0) > (2 * EVERY if beside else EVERY) and not steps:
         return f"{point}: no whole checkpoint is left"
     wrong = go_on(warm, run, oracle)
     return f"{point}: {wrong}" if wrong else ""
@@ -74,7 +97,7 @@ def kill_real_command(folder: Path, *, tries: int = 8) -> Outcome:
     """The same with the command as a user starts it, a process of its own from the interpreter on."""
     if why := tracing.unavailable():
         return not_run(why)
-    sections = {**SECTIONS, "checkpoint": {"every": EVERY, "keep": 1}}
+    sections = {**SECTIONS, "checkpoint": {**CHECKPOINT, "keep": 1}}
     oracle = tiny.oracle(folder / "oracle", **sections)
     template = tiny.make(folder / "template", **sections)
     tally = Tally()
@@ -138,15 +161,14 @@ def power_loss(folder: Path) -> Outcome:
         return not_run(why)
     tally = Tally()
     with Warm() as warm:
-        for keep in (1, 2):
-            sections = {**SECTIONS, "checkpoint": {"every": EVERY, "keep": keep}}
-            run = tiny.make(folder / f"keep-{keep}", **sections)
+        for keep, beside in ((1, False), (2, False), (1, True), (2, True)):
+            sections = {**SECTIONS, "checkpoint": {**CHECKPOINT, "keep": keep, "asynchronous": beside}}
+            place = folder / f"keep-{keep}-{beside}"
+            run = tiny.make(place, **sections)
             calls = f"{tracing.CHANGES},openat,close"
-            code, pid, log, said = tracing.traced(
-                warm, [TRAIN, str(run.config)], folder / f"keep-{keep}", calls=calls, paths=True
-            )
+            code, pid, log, said = tracing.traced(warm, [TRAIN, str(run.config)], place, calls=calls, paths=True)
             assert code == 0, said
-            checked, broken = violations([call for call in log if call.pid == pid], run.directory)
+            checked, broken = violations([call for call in log if beside or call.pid == pid], run.directory)
             for _ in range(checked - len(broken)):
                 tally.add("")
             for reason in broken:
@@ -218,14 +240,17 @@ def signals_in_a_save(folder: Path) -> Outcome:
     if why := tracing.unavailable():
         return not_run(why)
     oracle = tiny.oracle(folder / "oracle", **SECTIONS)
-    template = tiny.make(folder / "template", **SECTIONS)
+    beside = {**SECTIONS, "checkpoint": {**CHECKPOINT, "asynchronous": True}}
+    templates = [tiny.make(folder / "waits", **SECTIONS), tiny.make(folder / "beside", **beside)]
     tally = Tally()
-    plan = [(name, number) for name in ("SIGTERM", "SIGINT") for number in range(14, 44, 2)]
+    names = ("SIGTERM", "SIGINT")
+    plan = [(name, number, 0) for name in names for number in range(14, 44, 2)]
+    plan += [(name, number, 1) for name in names for number in range(2, 32, 2)]
 
-    def work(warm: Warm, share: Sequence[tuple[str, int]]) -> None:
-        for name, number in share:
-            place = folder / f"{name}-{number}"
-            run = tiny.copy(template, place)
+    def work(warm: Warm, share: Sequence[tuple[str, int, int]]) -> None:
+        for name, number, which in share:
+            place = folder / f"{name}-{number}-{which}"
+            run = tiny.copy(templates[which], place)
             inject = f"fsync:signal={name}:when={number}..{number + 1}"
             code, _, _, said = tracing.traced(warm, [TRAIN, str(run.config)], place, inject=inject, calls="fsync")
             wrong = ""
@@ -282,6 +307,12 @@ FAULTS = [
         "kill -9 at every change to the disk of a run",
         "goes on by itself, exact",
         lambda f: kill_everywhere(f, keep=2),
+    ),
+    Fault(
+        "1",
+        "the same, saves beside the training",
+        "goes on by itself, exact",
+        lambda f: kill_everywhere(f, keep=2, beside=True),
     ),
     Fault("1", "the same, the command as typed", "goes on by itself, exact", kill_real_command),
     Fault(

@@ -70,12 +70,15 @@ def traced(
     return code, pid, found, said.read_text(encoding="utf-8", errors="replace")
 
 
-def points(calls: Sequence[Call], pid: int) -> list[tuple[str, int]]:
-    """Every call that the main thread of a command made, as (name, how manieth of that name)."""
-    seen: Counter[str] = Counter()
+def points(calls: Sequence[Call], pid: int, *, threads: bool = False) -> list[tuple[str, int]]:
+    """Every call that the main thread of a command made, as (name, how manieth of that name), or any of its threads.
+
+    strace counts the calls of each thread apart: with `threads`, a point is reached by whichever gets there first.
+    """
+    seen: Counter[tuple[int, str]] = Counter()
     found = []
     for call in calls:
-        if call.pid == pid:
-            seen[call.name] += 1
-            found.append((call.name, seen[call.name]))
-    return found
+        if threads or call.pid == pid:
+            seen[call.pid, call.name] += 1
+            found.append((call.name, seen[call.pid, call.name]))
+    return list(dict.fromkeys(found))

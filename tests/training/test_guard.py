@@ -22,6 +22,7 @@ from test_trainer import RaggedData, Store, Toy, config, lines, losses, weights
 from pretrain.training.checkpoint import optimizer_state_by_name
 from pretrain.training.guard import LEAST, Guard, GuardState, NonFiniteError, SpikeError
 from pretrain.training.optim import build_optimizer
+from pretrain.training.pending import AtOnce
 from pretrain.training.progress import Progress
 from pretrain.training.trainer import Trainer
 
@@ -361,7 +362,8 @@ def test_a_loss_scaler_finds_its_scale_and_survives_skips(tmp_path: Path, monkey
     monkeypatch.setattr(accelerator, "native_amp", True)
     monkeypatch.setattr(accelerator, "scaler", scaler)
     monkeypatch.setattr(accelerator, "_optimizers", [wrapped])
-    made.engine._stepper, made.guard = wrapped, Guard.of(made.config.train, scaled=True)
+    made.engine._stepper = wrapped
+    made.road = AtOnce(Guard.of(made.config.train, scaled=True), made.engine, made.config.train.max_grad_norm)
     progress = made.train().progress
     assert progress.guard.skipped == {"overflow": 2, "spike": 2}
     assert scaler.get_scale() == 2.0**108

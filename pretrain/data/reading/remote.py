@@ -1,7 +1,8 @@
 """Files behind URLs: what lies there now, and a local copy of it that is whole or not there.
 
 What lives here: listing, the state of a remote file, downloads, the cache. What must not: what is in a file. This is
-the one door to fsspec; http and https go through Python's own urllib, so that they need no further package.
+fsspec's door for reading (`pretrain.stores` writes); http and https go through Python's own urllib, so that they need
+no further package.
 
 The cache is `$PRETRAIN_CACHE`, or `pretrain` in `$XDG_CACHE_HOME` or `~/.cache`. A copy lies in
 `remote/KEY/VERSION/NAME`: KEY is a hash of the URL, VERSION one of the size, the entity tag or checksum, and the time
@@ -23,7 +24,6 @@ import http.client
 import json
 import logging
 import os
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -42,6 +42,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from pretrain.config_types import redacted
 from pretrain.files import ArtifactError, replace_file, sha256_json, sync_directory
+from pretrain.stores import connection_errors
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.5
@@ -55,16 +56,6 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs":
 # What a filesystem tells of a file that changes with its content, by the names that its backends use.
 _TAGS = ("etag", "ETag", "md5Hash", "md5", "checksum", "generation", "blob_id", "oid", "sha", "xet_hash")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
-# Errors of backends that are not OSError, by where they are defined.
-_FOREIGN = (
-    ("botocore.exceptions", ("BotoCoreError", "ClientError")),
-    ("aiohttp", ("ClientError",)),
-    ("httpx", ("HTTPError",)),
-    ("httpx2", ("HTTPError",)),
-    ("gcsfs.retry", ("HttpError",)),
-    ("google.auth.exceptions", ("GoogleAuthError",)),
-    ("azure.core.exceptions", ("AzureError",)),
-)
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -149,7 +140,7 @@ def find(url: str) -> list[Remote]:
     except GoneError:
         _remember(record, [])
         raise
-    except _errors() as error:
+    except connection_errors() as error:
         found = _last_known(url, record, error)
         _unreachable.add(server)
     else:
@@ -253,7 +244,7 @@ def _download(remote: Remote, path: Path, told: Callable[[int], object]) -> None
             try:
                 _continue(remote, part, told)
                 break
-            except _errors() as error:
+            except connection_errors() as error:
                 _refuse_for_good(remote.name, error)
                 reached = part.stat().st_size if part.is_file() else 0
                 failures = 1 if reached > best else failures + 1
@@ -412,24 +403,12 @@ def _http(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _errors() -> tuple[type[BaseException], ...]:
-    """What a broken connection can raise, of the libraries that are loaded."""
-    foreign = [
-        getattr(sys.modules[module], name)
-        for module, names in _FOREIGN
-        if module in sys.modules
-        for name in names
-        if hasattr(sys.modules[module], name)
-    ]
-    return OSError, EOFError, http.client.HTTPException, *foreign
-
-
 def _persevere(attempt: Callable[[], _T], name: str) -> _T:
     """Try up to `ATTEMPTS` times; errors that will not pass are raised at once."""
     for number in range(ATTEMPTS - 1):
         try:
             return attempt()
-        except _errors() as error:
+        except connection_errors() as error:
             _refuse_for_good(name, error)
             time.sleep(FIRST_WAIT * 2**number)
     return attempt()
