@@ -224,12 +224,13 @@ def page(made: Sequence[Pair], relay_found: tuple[float, str], runs: Parity) -> 
         cells = [by_pair[saver, resumer] for resumer in STATES]
         lines.append(f"| {saver} | " + " | ".join(cell.problem or f"{cell.loss:.1e}" for cell in cells) + " |")
     loss, problem = relay_found
+    relay_words = problem or f"losses differ by {loss:.1e} at most, rows and rates are equal"
     lines += [
         "",
         "## A relay",
         "",
         "20 steps each of zero3 x2, fsdp2 x2, ddp x2 and one process, with micro-batches of 4, 3, 2 and 5 rows,",
-        f"against 80 steps of one process: {problem or f'largest difference of a loss {loss:.1e}, rows and rates equal'}.",
+        f"against 80 steps of one process: {relay_words}.",
         "",
         "## From the first step to the last",
         "",

@@ -231,8 +231,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 fan_out, fan_in = reversed(matrix.shape) if matrix.transposed else matrix.shape
                 upright = direction.mT if _is_tall(matrix.shape) else direction
                 rate = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
-                moved = matrix.weight.mul(decay).add_(matrix.part(upright.to(matrix.weight.dtype)), alpha=-rate)
-                _write(matrix.weight, moved, self.found_inf)
+                moved = _draft(matrix.weight, self.found_inf)
+                moved.mul_(decay).add_(matrix.part(upright.to(matrix.weight.dtype)), alpha=-rate)
+                _settle(matrix.weight, moved, self.found_inf)
 
     def _matrices(self, group: dict[str, Any], flags: list[bool]) -> list[Matrix]:
         """The matrices of a group that have a gradient; their step is counted."""
@@ -252,7 +253,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _look_ahead(self, matrix: Matrix, momentum: float) -> Tensor:
         """Advance the running mean of the gradient; return it with Nesterov's look ahead."""
-        _write(matrix.mean, matrix.mean.lerp(matrix.gradient, 1.0 - momentum), self.found_inf)
+        mean = _draft(matrix.mean, self.found_inf)
+        _settle(matrix.mean, mean.lerp_(matrix.gradient, 1.0 - momentum), self.found_inf)
         return matrix.gradient.lerp(matrix.mean, momentum)
 
 
@@ -267,12 +269,15 @@ def withholds(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, MuonAdamW | torch.optim.AdamW) and all(g["fused"] for g in optimizer.param_groups)
 
 
-def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
-    """Write `value` into `target`, unless the update is withheld."""
-    if found_inf is None:
-        target.copy_(value)
-    else:
-        torch.where(found_inf > 0.0, target, value, out=target)
+def _draft(target: Tensor, found_inf: Tensor | None) -> Tensor:
+    """Where the new value of `target` is made: in its place, or beside it while it may yet be withheld."""
+    return target if found_inf is None else target.clone()
+
+
+def _settle(target: Tensor, draft: Tensor, found_inf: Tensor | None) -> None:
+    """Let `target` be its draft, unless the update is withheld."""
+    if found_inf is not None:
+        torch.where(found_inf > 0.0, target, draft, out=target)
 
 
 def _one(found_inf: Tensor | None) -> Tensor | float:
@@ -371,8 +376,9 @@ class StableAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         weight, gradient = local(parameter), local(gradient)
         first, second = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        _write(first, first.lerp(gradient, 1.0 - beta1), self.found_inf)
-        _write(second, second.mul(beta2).addcmul_(gradient, gradient, value=1.0 - beta2), self.found_inf)
+        new_first, new_second = _draft(first, self.found_inf), _draft(second, self.found_inf)
+        _settle(first, new_first.lerp_(gradient, 1.0 - beta1), self.found_inf)
+        _settle(second, new_second.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2), self.found_inf)
         rest1, rest2 = self._count(state, gradient.device, beta1, beta2)
         first, second = first / rest1, second / rest2
         excess = gradient.square() / second.clamp_min(group["eps"] ** 2)
@@ -403,7 +409,8 @@ class StableAdamW(torch.optim.Optimizer):
     def _move(self, weight: Tensor, update: Tensor, square: Tensor, group: dict[str, Any]) -> None:
         """Make the update of one parameter, given the mean square of its gradient over what is expected."""
         lr = group["lr"] / square.sqrt().clamp_min(1.0)  # 0-d, on the device
-        _write(weight, weight.mul(1.0 - lr * group["weight_decay"]).sub_(update.mul_(lr)), self.found_inf)
+        moved = _draft(weight, self.found_inf)
+        _settle(weight, moved.mul_(1.0 - lr * group["weight_decay"]).sub_(update.mul_(lr)), self.found_inf)
 
 
 def adam_state(parameter: Tensor, step_device: torch.device | None = None) -> dict[str, Tensor]:
