@@ -60,6 +60,20 @@ def _console() -> Console:
     return Console(stderr=True, soft_wrap=True, quiet=_rank() != 0)
 
 
+def _end(code: int) -> None:
+    """End with an exit code; one process of several without the interpreter's clearing up.
+
+    Everything is written and closed by then, and the threads of a process group that its last references outlive can
+    abort a process that has done its work.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
 @contextmanager
 def _going_on() -> Iterator[None]:
     """Ctrl-C outside the training loop, which saves first, ends a command with a word on how to go on."""
@@ -194,8 +208,7 @@ def train(
     with _going_on():
         code = verb.train(resolved, resume=resume, allow_changes=allowed, console=_console())
     close_job()
-    if code:
-        raise typer.Exit(code)
+    _end(code)
 
 
 @app.command()
@@ -459,4 +472,4 @@ def main() -> None:
         console = Console(stderr=True, soft_wrap=True, quiet=getattr(error, "told_elsewhere", False))
         console.print("error:", style="bold red", end=" ")
         console.print(str(error), markup=False, highlight=False)
-        sys.exit(1 if isinstance(error, ConnectionError) else 2)
+        _end(1 if isinstance(error, ConnectionError) else 2)

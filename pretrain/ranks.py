@@ -40,14 +40,12 @@ class Ranks:
         rank: of this process, from 0.
         world: processes of the job.
         local_rank: of this process on its machine.
-        local_world: processes on this machine.
         group: gloo; None when the job is one process.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    local_world: int = 1
     group: Any = None
 
     @classmethod
@@ -70,7 +68,6 @@ class Ranks:
             rank=distributed.get_rank(),
             world=world,
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            local_world=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
             group=group if world > 1 else None,
         )
 
@@ -84,7 +81,7 @@ class Ranks:
         if self.world == 1:
             return self
         group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        return type(self)(self.rank, self.world, self.local_rank, self.local_world, group)
+        return type(self)(self.rank, self.world, self.local_rank, group)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over the processes, in float64 (counts are exact up to 2^53)."""

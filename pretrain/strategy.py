@@ -7,10 +7,10 @@ before anything is built. What must not: torch, or the engines themselves.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pretrain.config import RunConfig, TrainConfig
 
@@ -29,6 +29,8 @@ class Launch:
         wish: the strategy that `accelerate launch` was configured for; None when it says nothing.
         precision: what `accelerate launch` was configured for ("bf16", "fp16"); None when it says nothing.
         deepspeed: DeepSpeed's JSON that `accelerate launch` was given.
+        others: further settings of `accelerate launch` that would decide the training: what, its value, the key here
+            that must say the same.
     """
 
     world: int | None = None
@@ -36,6 +38,7 @@ class Launch:
     wish: str | None = None
     precision: str | None = None
     deepspeed: str | None = None
+    others: tuple[tuple[str, str, str], ...] = ()
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
@@ -52,14 +55,26 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         wish=_wish(environment),
         precision=None if precision == "no" else precision,
         deepspeed=environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None,
+        others=tuple(_others(environment)),
     )
+
+
+def _others(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    if (steps := environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("1", "auto"):
+        yield "gradient_accumulation_steps", steps, ""
+    if (backend := environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        yield "dynamo_backend", backend, "compile"
+    if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        yield "fsdp_offload_params", "true", "offload"
+    if environment.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+        yield "fsdp_activation_checkpointing", "true", "gradient_checkpointing"
 
 
 def _wish(environment: Mapping[str, str]) -> str | None:
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         if file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-            stage = str(json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
+            stage = str(_read_json(Path(file)).get("zero_optimization", {}).get("stage", 0))
         if f"zero{stage}" not in ZERO:
             raise ValueError(f"accelerate launch: ZeRO stage {stage} is not supported; use --zero_stage 1, 2 or 3")
         return f"zero{stage}"
@@ -68,6 +83,13 @@ def _wish(environment: Mapping[str, str]) -> str | None:
             raise ValueError("accelerate launch: FSDP version 1 is not supported; give --fsdp_version 2")
         return "fsdp2"
     return None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"accelerate launch: deepspeed_config_file `{path}` cannot be read ({error})") from error
 
 
 def resolve_strategy(config: RunConfig, launch: Launch) -> Strategy:
@@ -89,6 +111,17 @@ def resolve_strategy(config: RunConfig, launch: Launch) -> Strategy:
             f"train.precision: {train.precision} was asked for, but accelerate launch has --mixed_precision "
             f"{launch.precision}; make them equal, or leave --mixed_precision no"
         )
+    for what, value, key in launch.others:
+        if not key:
+            raise ValueError(
+                f"accelerate launch: {what} {value} has no place here, accumulation follows from train.batch_tokens "
+                "and train.micro_batch; remove it"
+            )
+        if not getattr(train, key):
+            raise ValueError(
+                f"accelerate launch: {what} is {value}, but train.{key} is {getattr(train, key)}; set train.{key}="
+                f"{'all' if key == 'offload' else 'true'}, or remove it there"
+            )
     if train.processes is not None and train.processes != world:
         raise ValueError(
             f"train.processes: {train.processes} were asked for, but this job has {world}; start them with `pretrain "

@@ -43,6 +43,8 @@ from pretrain.training.progress import Result
 from pretrain.training.stored import open_place
 from pretrain.training.trainer import EvaluationContext, EvaluationStopped, Evaluator, Trainer
 
+_LONGEST_LOOK = 6 * 3600.0
+
 
 def check(config: RunConfig) -> None:
     """Refuse what cannot work before anything is made: the model's shape, and that a stock architecture holds it.
@@ -268,7 +270,8 @@ def train(
                 )
 
         with job.ranks.missed():
-            job.ranks.on_main(look)
+            # The digests of all shards may take long; the others wait for that as they would for nothing else.
+            job.ranks.another_group(timeout=_LONGEST_LOOK).on_main(look)
             trainer = build_trainer(config, console=console, job=job)
             result = trainer.train(allow_changes=allow_changes)
             code: int = job.ranks.on_main(lambda: report(result, directory, console))

@@ -14,6 +14,7 @@ What lives here: what is raced against what, and the page. What must not: runnin
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import subprocess
@@ -34,6 +35,7 @@ import relay  # noqa: E402
 import tiny  # noqa: E402
 
 BOUND = 1e-5
+NORM_BOUND = 1e-4  # of the gradient norm, relative, where the loss must agree within BOUND
 BF16_BOUND = 2e-3  # two numbers that are neighbours in bf16 lie 0.8% apart
 STEPS, MIDDLE, LONG = 12, 6, 50
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -110,13 +112,17 @@ class Pair:
     problem: str = ""
 
 
-def judge(found: relay.Found, straight: relay.Found, *, first: int, bound: float = BOUND) -> tuple[float, str]:
+def judge(
+    found: relay.Found, straight: relay.Found, *, first: int, state: State | None = None, bound: float = BOUND
+) -> tuple[float, str]:
     """The largest difference of a loss from the straight run's, and what is wrong, if anything is."""
     steps = range(first, max(straight.losses) + 1)
     if found.error or found.code != 0:
         return float("nan"), found.error or f"exit code {found.code}"
     if found.different:
         return float("nan"), f"{len(found.different)} tensors differ, such as {found.different[0]}"
+    if state is not None and (found.strategy, found.world) != (state.strategy, state.processes):
+        return float("nan"), f"{found.strategy} ran on {found.world} processes"
     for step in steps:
         if step not in found.losses:
             return float("nan"), f"step {step} was not trained"
@@ -124,7 +130,10 @@ def judge(found: relay.Found, straight: relay.Found, *, first: int, bound: float
             return float("nan"), f"learning rate of step {step}"
         if found.rows.get(step) != straight.rows[step]:
             return float("nan"), f"rows of step {step}"
-    loss = max(abs(found.losses[step] - straight.losses[step]) for step in steps)
+        if not math.isclose(found.norms[step], straight.norms[step], rel_tol=NORM_BOUND * bound / BOUND):
+            return float("nan"), f"gradient norm of step {step}"
+    gaps = [abs(found.losses[step] - straight.losses[step]) for step in steps]
+    loss = max(gaps) if all(map(math.isfinite, gaps)) else float("nan")
     return loss, "" if loss <= bound else f"loss differs by {loss:.1e}"
 
 
@@ -147,7 +156,7 @@ def pairs(folder: Path, chosen: Sequence[tuple[State, State]]) -> list[Pair]:
         resumed.append((resumer, leg(copied, resumer, compare=True)))
     made = []
     for (saver, resumer), found in zip(chosen, race(resumed, folder / "resuming"), strict=True):
-        loss, problem = judge(found, straight, first=MIDDLE + 1)
+        loss, problem = judge(found, straight, first=MIDDLE + 1, state=resumer)
         made.append(Pair(saver, resumer, loss, found.compared, problem))
     return made
 
@@ -190,7 +199,9 @@ def parity(
     results: Parity = {}
     for optimizer, precision in combinations:
         straight, bound = next(found), BOUND if precision == "fp32" else BF16_BOUND
-        results[optimizer, precision] = {state: judge(next(found), straight, first=1, bound=bound) for state in states}
+        results[optimizer, precision] = {
+            state: judge(next(found), straight, first=1, state=state, bound=bound) for state in states
+        }
     return results
 
 

@@ -13,6 +13,9 @@ import pytest
 import tiny
 from elastic import SECTIONS, STATES, State
 
+from pretrain.config import load_config
+from pretrain.strategy import read_launch, resolve_strategy
+
 PAIRS = (
     (State("single", 1), State("zero3", 2)),
     (State("zero3", 2), State("fsdp2", 2)),
@@ -58,9 +61,30 @@ def test_more_processes_than_rows_in_a_micro_batch(tmp_path: Path) -> None:
     straight, *others = elastic.race(legs, tmp_path / "job")
     assert not straight.error
     for state, found in zip(states[1:], others, strict=True):
-        loss, problem = elastic.judge(found, straight, first=1)
+        loss, problem = elastic.judge(found, straight, first=1, state=state)
         assert not problem, f"{state}: {problem}"
         assert loss <= elastic.BOUND
+
+
+def test_settings_of_the_engines_change_nothing(tmp_path: Path) -> None:
+    """Gradient checkpointing, offload and hybrid sharding: the run of one process without them."""
+    sections = {**SECTIONS, "train": {**SECTIONS["train"], "steps": 6}}
+    base = tiny.make(tmp_path / "base", **sections)
+    settings = [
+        (State("ddp", 2), "train.gradient_checkpointing=true"),
+        (State("fsdp2", 2), "train.gradient_checkpointing=true"),
+        (State("zero3", 2), "train.gradient_checkpointing=true"),
+        (State("fsdp2", 2), "train.offload=all"),
+        (State("fsdp2", 2), "train.shard_size=1"),
+        (State("zero2", 2), "train.offload=optimizer"),
+    ]
+    legs = [(STATES[0], elastic.leg(tiny.copy(base, tmp_path / "straight"), STATES[0]))]
+    for number, (state, override) in enumerate(settings):
+        legs.append((state, elastic.leg(tiny.copy(base, tmp_path / str(number)), state, override)))
+    straight, *others = elastic.race(legs, tmp_path / "job")
+    for (state, override), found in zip(settings, others, strict=True):
+        _, problem = elastic.judge(found, straight, first=1, state=state)
+        assert not problem, f"{state} with {override}: {problem}"
 
 
 def test_a_stop_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
@@ -78,21 +102,28 @@ def test_a_stop_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> Non
         assert all(math.isfinite(loss) for loss in found.losses.values())
 
 
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+
+
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "environment", "words"),
     [
-        (("train.strategy=single",), r"single runs on one process, but 2 were launched"),
-        (("train.processes=3",), r"train.processes: 3 were asked for, but this job has 2.*--processes 3"),
-        (("train.batch_tokens=32",), r"1 rows of 32 tokens, fewer than the 2 processes; raise it to 64"),
+        (("train.strategy=single",), {}, r"single runs on one process, but 2 were launched"),
+        (("train.processes=3",), {}, r"train.processes: 3 were asked for, but this job has 2.*--processes 3"),
+        (("train.batch_tokens=32",), {}, r"1 rows of 32 tokens, fewer than the 2 processes; raise it to 64"),
+        (("train.strategy=ddp",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, r"configured for fsdp2"),
+        ((), {"ACCELERATE_USE_FSDP": "true"}, r"FSDP version 1 is not supported"),
+        ((), {"ACCELERATE_MIXED_PRECISION": "bf16"}, r"train.precision: fp32 was asked for.*bf16"),
+        ((), {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, r"gradient_accumulation_steps 4 has no place here"),
+        ((), {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"dynamo_backend is inductor, but train.compile is False"),
+        (("train.offload=optimizer",), {}, r"train.offload: optimizer is of zero1, zero2, zero3, not of ddp"),
+        (("train.shard_size=2",), {}, r"hybrid sharding is of fsdp2, not of ddp"),
+        (("train.check_replicas=5", "train.strategy=zero3"), {}, r"there is one copy of the weights"),
     ],
 )
 def test_what_was_launched_must_be_what_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], words: str
+    tmp_path: Path, overrides: tuple[str, ...], environment: dict[str, str], words: str
 ) -> None:
-    from pretrain.config import load_config
-    from pretrain.strategy import read_launch, resolve_strategy
-
     run = tiny.make(tmp_path)
-    launch = read_launch({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match=words):
-        resolve_strategy(load_config(run.config, overrides), launch)
+        resolve_strategy(load_config(run.config, overrides), read_launch(LAUNCHED | environment))

@@ -6,29 +6,20 @@ What must not: what a step is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
+from torch import Tensor
 
 from pretrain.config import RunConfig
 from pretrain.planning.choice import planned_micro_batch
 from pretrain.planning.facts import ModelFacts
 from pretrain.ranks import Ranks
 from pretrain.training.engines import Engine
-from pretrain.training.feed import Data, Feed, MicroBatch, largest_share
+from pretrain.training.feed import Data, Feed, largest_share
 
 _CPU_TOKENS = 4096
 
 
-def choose_micro_batch(
-    config: RunConfig,
-    precision: str,
-    engine: Engine,
-    data: Data,
-    backward: Callable[[Sequence[MicroBatch], int], Any],
-    facts: ModelFacts | None,
-) -> int:
+def choose_micro_batch(config: RunConfig, precision: str, engine: Engine, data: Data, facts: ModelFacts | None) -> int:
     """Rows of a forward pass, the same on every rank. All of them call it together.
 
     Args:
@@ -36,11 +27,10 @@ def choose_micro_batch(
         precision: of the arithmetic.
         engine: at step 0, without any optimizer state yet.
         data: the data plane.
-        backward: makes the gradient of micro-batches with so many targets.
         facts: of the model, for the plan; None tries all rows first.
 
     Raises:
-        torch.OutOfMemoryError: when not even one row fits.
+        torch.OutOfMemoryError: when it does not fit and nothing smaller can be tried; names the remedy.
     """
     ranks, rows = engine.ranks, largest_share(config.rows_per_batch, engine.ranks.world)
     if config.train.micro_batch != "auto":
@@ -52,31 +42,41 @@ def choose_micro_batch(
         memory = torch.cuda.get_device_properties(engine.device).total_memory
         width = 4 if precision == "fp32" else 2
         micro_batch = planned_micro_batch(config, facts, memory, engine.name, ranks.world, compute_bytes=width)
-    while not _fits(engine, data, backward, micro_batch):
-        if micro_batch == 1:
+    # Where ranks meet within a pass, one that has run out of memory leaves the others waiting: it is not tried twice.
+    meets = engine.name.startswith("zero") or (engine.name == "fsdp2" and ranks.world > 1)
+    while not fits(engine, data, micro_batch):
+        if micro_batch == 1 or meets:
             raise torch.OutOfMemoryError(
-                "train.micro_batch: not even one row fits; use train.gradient_checkpointing=true, shorter rows, or an "
-                "engine that shards the model (train.strategy: fsdp2, zero2, zero3)"
+                f"train.micro_batch: {micro_batch} rows do not fit on the device; give fewer, or use "
+                "train.gradient_checkpointing=true, shorter rows, or an engine that shards more (train.strategy)"
             )
         micro_batch = (micro_batch + 1) // 2
     return micro_batch
 
 
-def _fits(engine: Engine, data: Data, backward: Callable[[Sequence[MicroBatch], int], Any], micro_batch: int) -> bool:
+def fits(engine: Engine, data: Data, micro_batch: int) -> bool:
     """Whether a forward and backward pass of so many rows goes through on every rank, with room for the state."""
     held = sum(shape.nbytes for shape in engine.shapes().values() if shape.trained)
-    if engine.name in ("fsdp2", "zero1", "zero2", "zero3"):
+    if engine.name not in ("single", "ddp"):
         held //= engine.config.shard_size or engine.ranks.world
     whole = True
+    (trial,) = Feed(data, micro_batch, micro_batch, Ranks.alone()).micro_batches(0)
+
+    def share() -> Tensor:
+        loss: Tensor = engine.model(**trial.tensors(engine.device), num_items_in_batch=max(1, trial.num_targets)).loss
+        return loss
+
+    engine.model.train()
     try:
         # The optimizer's state is not there yet: hold its place (two values a parameter) while trying.
         place = torch.empty(2 * held, dtype=torch.uint8, device=engine.device)
-        trial = Feed(data, micro_batch, micro_batch, Ranks.alone()).micro_batches(0)
-        backward(trial, trial[0].num_targets)
+        # DDP's ranks do not meet before the last micro-batch; a reduction that breaks off could not be tried again.
+        engine.backward(share, last=engine.name != "ddp")
         del place
     except torch.OutOfMemoryError:
         whole = False
     finally:
         engine.drop()
-        torch.cuda.empty_cache()
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()
     return not engine.ranks.any(not whole)

@@ -19,7 +19,8 @@ class Progress:
     """Where a run stands; a checkpoint holds it.
 
     `tokens` counts positions, `text_tokens` leaves out padding. `arithmetic` is precision and device as they were
-    resolved. `changes` tells what was changed on the way: step, key, before, after.
+    resolved, `split` the engine and its processes. `changes` tells what was changed on the way: step, key, before,
+    after.
     """
 
     run_id: str
@@ -34,6 +35,7 @@ class Progress:
     scores: dict[str, float] = field(default_factory=dict)
     scored_at: int | None = None
     arithmetic: str = ""
+    split: str = ""
     changes: list[dict[str, Any]] = field(default_factory=list)
     guard: GuardState = field(default_factory=GuardState)
 

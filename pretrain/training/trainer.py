@@ -10,6 +10,7 @@ steps), and a checkpoint holds everything else, so an interrupted run goes on bi
 from __future__ import annotations
 
 import json
+import math
 import socket
 import statistics
 import time
@@ -159,9 +160,7 @@ class Trainer:
         self.replicas = Replicas(config.train.check_replicas, self.engine, hosts)
         self.slow_ranks = SlowRanks(config.log.slow_ranks, self.engine, hosts)
         self.heartbeat = Heartbeat.from_environment(self.ranks.rank)
-        self.micro_batch = choose_micro_batch(
-            config, self.job.precision, self.engine, data, self._backward, model_facts
-        )
+        self.micro_batch = choose_micro_batch(config, self.job.precision, self.engine, data, model_facts)
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -185,9 +184,9 @@ class Trainer:
             saved = None if progress is None else progress.step
             if progress is None:
                 progress = self._begin()
-            elif self.config.train.micro_batch == "auto":
-                self.micro_batch = progress.micro_batch
-            progress.micro_batch = self.micro_batch
+            elif self.config.train.micro_batch == "auto" and progress.split in ("", self.split):
+                self.micro_batch = progress.micro_batch  # another engine has another choice, made for its memory
+            progress.micro_batch, progress.split = self.micro_batch, self.split
             if not progress.finished:
                 self.road.begin(progress.guard)
                 self.replicas.begin()
@@ -368,6 +367,11 @@ class Trainer:
     # --- data -------------------------------------------------------------------------------------------------------
 
     @property
+    def split(self) -> str:
+        """The engine, the processes and the kind of device, in words."""
+        return f"{self.engine.name} x{self.ranks.world} on {self.device.type}"
+
+    @property
     def feed(self) -> Feed:
         """The micro-batches of this process."""
         return Feed(self.data, self.config.rows_per_batch, self.micro_batch, self.ranks)
@@ -380,7 +384,8 @@ class Trainer:
         if train.minutes is None and train.hours is None:
             return steps_of(self.config, self.data.num_rows, None)
         record = self.directory / "budget.json"
-        if (known := fixed_steps(self.config, self.directory)) is not None:
+        known: int | None = self.ranks.on_main(lambda: fixed_steps(self.config, self.directory))
+        if known is not None:
             return known
         seconds_per_step = self.measure_step()
         steps = steps_of(self.config, self.data.num_rows, seconds_per_step)
@@ -403,7 +408,7 @@ class Trainer:
 
     def measure_step(self) -> float:
         """Median seconds of a whole step, by real steps at learning rate 0 that leave no trace."""
-        rng = checkpoint.capture_rng()
+        rng, scaler = checkpoint.capture_rng(), self.engine.scaler_state()
         self._set_learning_rate(0.0)
         times: list[float] = []
         feed = self.feed
@@ -412,9 +417,10 @@ class Trainer:
             micro_batches = feed.micro_batches(len(times))
             (num_targets,) = self.ranks.sum([sum(batch.num_targets for batch in micro_batches)])
             self._backward(micro_batches, int(num_targets))
-            self.engine.update(self.config.train.max_grad_norm, lambda norm: True)
+            self.engine.update(self.config.train.max_grad_norm, math.isfinite)
             times.append(time.perf_counter() - started)
         self.engine.clear_state()
+        self.engine.load_scaler_state(scaler)
         checkpoint.restore_rng(rng)
         seconds: float = self.ranks.broadcast(statistics.median(times[1:]))
         return seconds
@@ -437,7 +443,7 @@ class Trainer:
         try:
             with torch.no_grad():
                 for name, evaluator in self.evaluators.items():
-                    for score, value in evaluator(self.engine.model, context).items():
+                    for score, value in evaluator(self.engine.readable, context).items():
                         scores[f"{name}/{score}"] = float(value)
         except EvaluationStopped:
             return

@@ -173,6 +173,7 @@ def _compare(trainer: Any, found: Found) -> None:
                 found.different.append(label)
         seen |= set(held)
     found.different += sorted((set(weights) | set(loaded.optimizer.tensors)) - seen)
+    found.different = sorted({name for names in trainer.ranks.gather(found.different) for name in names})
 
 
 def main() -> None:

@@ -66,6 +66,11 @@ class Engine:
         model, self._stepper = self.accelerator.prepare(self.bare, self.optimizer)
         return model
 
+    @property
+    def readable(self) -> Any:
+        """What evaluators are given: the model itself wherever its forward pass can be called without the engine."""
+        return self.bare
+
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Callable[[], Tensor], *, last: bool) -> Tensor:

@@ -34,8 +34,6 @@ class Fsdp2Engine(Engine):
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy(),
         }
-        if not offload:
-            model.to(self.device)
         names = {parameter: name for name, parameter in model.named_parameters()}
         for layer in _layers(model):
             fully_shard(layer, reshard_after_forward=True, **settings)

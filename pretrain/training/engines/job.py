@@ -29,6 +29,7 @@ from pretrain.ranks import Ranks
 from pretrain.runtime import MIXED, Precision, resolve_precision
 from pretrain.strategy import Launch, Strategy, read_launch, resolve_strategy
 
+_OF_DEEPSPEED = "ACCELERATE_DEEPSPEED_"  # compared by its own door
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -63,14 +64,15 @@ def open_job(config: RunConfig) -> Job:
     """
     train, launch = config.train, read_launch(os.environ)
     strategy = resolve_strategy(config, launch)
-    cpu = not torch.cuda.is_available()
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    _refuse_crowding(cpu=cpu)
     wanted = launch.precision if train.precision == "auto" and launch.precision is not None else train.precision
     precision = resolve_precision(wanted, torch.device("cpu" if cpu else "cuda"))
     timeout = timedelta(seconds=train.ddp_timeout)
     with _environment(strategy, launch, cpu=cpu):
         _forget_accelerate(strategy)
         if strategy in ("single", "ddp", "fsdp2"):
-            accelerator = _accelerator(strategy, MIXED[precision], timeout, cpu=cpu)
+            accelerator = _accelerator(strategy, MIXED[precision], timeout, cpu=cpu, offload=train.offload is not None)
         else:
             from pretrain.training.engines.zero import make_accelerator
 
@@ -80,8 +82,10 @@ def open_job(config: RunConfig) -> Job:
     return Job(strategy, accelerator, ranks, precision)
 
 
-def _accelerator(strategy: str, mixed: str, timeout: timedelta, *, cpu: bool) -> Accelerator:
-    group = InitProcessGroupKwargs(backend="gloo" if cpu else None, timeout=timeout)
+def _accelerator(strategy: str, mixed: str, timeout: timedelta, *, cpu: bool, offload: bool) -> Accelerator:
+    # With offload, norms and whole tensors are summed on the CPU.
+    backend = "gloo" if cpu else ("cuda:nccl,cpu:gloo" if offload else None)
+    group = InitProcessGroupKwargs(backend=backend, timeout=timeout)
     if strategy == "single":
         return Accelerator(cpu=cpu, mixed_precision=mixed)
     if strategy == "ddp":
@@ -91,6 +95,16 @@ def _accelerator(strategy: str, mixed: str, timeout: timedelta, *, cpu: bool) ->
         return Accelerator(cpu=cpu, mixed_precision=mixed, kwargs_handlers=[group, copies])
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=False)
     return Accelerator(mixed_precision=mixed, fsdp_plugin=plugin, kwargs_handlers=[group])
+
+
+def _refuse_crowding(*, cpu: bool) -> None:
+    """Refuse more processes on this machine than it has GPUs: two on one would wait for each other in NCCL."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not cpu and rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"this is process {rank + 1} of this machine, which has {torch.cuda.device_count()} GPUs; start as many "
+            "processes as there are GPUs"
+        )
 
 
 def _refuse_other(strategy: str, accelerator: Accelerator, world: int) -> None:
@@ -136,10 +150,10 @@ def _environment(strategy: str, launch: Launch, *, cpu: bool) -> Iterator[None]:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {name: str(value) for name, value in alone.items()}
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):
-        os.environ.pop(name, None)  # they were read; what we ask for is said by arguments
+    foreign = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+    for name in [name for name in os.environ if name.startswith(foreign) and not name.startswith(_OF_DEEPSPEED)]:
+        del os.environ[name]  # they were read and compared; what we ask for is said by arguments
     if strategy == "fsdp2" and cpu:
-        os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = _gloo
     try:

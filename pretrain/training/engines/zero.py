@@ -39,6 +39,11 @@ def _groups() -> list[Any]:
 class ZeroEngine(Engine):
     """Optimizer state (1), gradients (2) and weights (3) split over the ranks."""
 
+    @property
+    def readable(self) -> Any:
+        """DeepSpeed's engine, whose forward pass gathers what it needs and knows the precision."""
+        return self.model
+
     def _prepare(self) -> Any:
         self.stage = int(self.name.removeprefix("zero"))
         names = parameter_names(self.bare)
