@@ -46,6 +46,14 @@ Supervise = Annotated[
     ),
 ]
 MaxRestarts = Annotated[int, typer.Option(min=0, help="--supervise: in a row without a newer checkpoint")]
+HangSeconds = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="--supervise: no shorter silence is a hang; default: a step hangs after twice the slowest and 10 s",
+        show_default=False,
+    ),
+]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, or a Hub name")]
 ModelDirectory = Annotated[Path, typer.Argument(metavar="MODEL", help="a Hugging Face model directory")]
 
@@ -91,9 +99,17 @@ def _config(name: str, overrides: list[str] | None) -> RunConfig:
     return load_config(name, overrides or [])
 
 
-def _own_config(name: str, overrides: list[str] | None) -> RunConfig:
-    """The configuration of a verb that writes into its run; a second process there is told before torch is loaded."""
+def _own_config(name: str, overrides: list[str] | None, processes: int | None = None) -> RunConfig:
+    """The configuration of a verb that writes into its run; a second process there is told before torch is loaded.
+
+    Args:
+        name: a YAML file, or the name of a shipped run.
+        overrides: dotted.
+        processes: what the command line says in place of `train.processes`, where that is set.
+    """
     config = _config(name, overrides)
+    if processes is not None and config.train.processes is not None:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"processes": processes})})
     if config.directory.is_dir() and _rank() == 0:
         with lock_directory(config.directory):
             pass
@@ -105,11 +121,18 @@ def _launcher(
     overrides: list[str] | None,
     config: RunConfig,
     processes: int | None,
-    supervise: bool,
-    max_restarts: int,
+    supervision: tuple[int, float] | None,
     allow_change: list[str] | None,
 ) -> Callable[[str], int] | None:
     """What trains in processes of their own, given a value of `--resume`; None to train in this one.
+
+    Args:
+        name: of the configuration, as it was given.
+        overrides: as they were given.
+        config: of the run, with `train.processes` as the command line has it.
+        processes: as they were given.
+        supervision: `--max-restarts` and `--hang-seconds`; None: no supervision.
+        allow_change: as they were given.
 
     Raises:
         ValueError: when processes, or a supervisor, are asked for where another launcher has started this process.
@@ -117,23 +140,29 @@ def _launcher(
     from pretrain import launch as verb
 
     if verb.started_by_launcher():
-        if processes is not None or supervise:
+        if processes is not None or supervision is not None:
             raise ValueError("--processes and --supervise: another launcher has started this process; leave them out")
         return None
     number = processes or config.train.processes or 1
-    if number == 1 and not supervise:
+    if number == 1 and supervision is None:
         return None
     words = list(overrides or ())
-    if config.train.processes not in (None, number):
+    if processes is not None and config.train.processes is not None:
         words.append(f"train.processes={number}")
     return lambda resume: verb.launch(
         config,
         lambda resume: verb.train_command(name, words, resume=resume, allow_changes=allow_change or ()),
         processes=number,
         resume=resume,
-        supervision=verb.Supervision(max_restarts) if supervise else None,
+        supervision=None if supervision is None else verb.Supervision(*supervision),
         console=_console(),
     )
+
+
+def _supervision(supervise: bool, max_restarts: int, hang_seconds: float | None) -> tuple[int, float] | None:
+    if hang_seconds is not None and not supervise:
+        raise ValueError(f"--hang-seconds {hang_seconds:g}: nobody looks for a hang; add --supervise")
+    return (max_restarts, hang_seconds or 0.0) if supervise else None
 
 
 @app.command()
@@ -146,6 +175,7 @@ def run(
     processes: Processes = None,
     supervise: Supervise = False,
     max_restarts: MaxRestarts = 10,
+    hang_seconds: HangSeconds = None,
 ) -> None:
     """All stages: tokenizer, data, training, evaluation, export. What is made and unchanged is skipped."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -153,8 +183,9 @@ def run(
             "run makes its stages in one process, and was launched as several; use `pretrain run CONFIG "
             "--processes N`, or launch `pretrain train CONFIG` once the data are prepared"
         )
-    resolved = _config(config, overrides) if dry_run else _own_config(config, overrides)
-    launched = _launcher(config, overrides, resolved, processes, supervise, max_restarts, allow_change)
+    resolved = _config(config, overrides) if dry_run else _own_config(config, overrides, processes)
+    supervision = _supervision(supervise, max_restarts, hang_seconds)
+    launched = _launcher(config, overrides, resolved, processes, supervision, allow_change)
     from pretrain import run as verb
 
     with _going_on():
@@ -197,10 +228,12 @@ def train(
     processes: Processes = None,
     supervise: Supervise = False,
     max_restarts: MaxRestarts = 10,
+    hang_seconds: HangSeconds = None,
 ) -> None:
     """Pretrain on the prepared shards. Goes on where an earlier call stopped."""
-    resolved, allowed = _own_config(config, overrides), allow_change or ()
-    if launched := _launcher(config, overrides, resolved, processes, supervise, max_restarts, allow_change):
+    resolved, allowed = _own_config(config, overrides, processes), allow_change or ()
+    supervision = _supervision(supervise, max_restarts, hang_seconds)
+    if launched := _launcher(config, overrides, resolved, processes, supervision, allow_change):
         raise typer.Exit(launched(resume))
     from pretrain import train as verb
     from pretrain.training.engines.job import close_job
@@ -445,7 +478,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's is one message and exit code 2.
+    """Run the command line; a mistake of the user's, or a disk that fails, is one message and exit code 2.
 
     A stop signal outside the training loop, where there is nothing to save, ends it with 130 (SIGINT) or 143 (SIGTERM).
     With PRETRAIN_DEBUG=1 in the environment the traceback is shown instead.
@@ -469,7 +502,9 @@ def main() -> None:
             sys.exit(128 + stopped[0])
         if isinstance(error, ImportError) or os.environ.get("PRETRAIN_DEBUG"):
             raise
-        console = Console(stderr=True, soft_wrap=True, quiet=getattr(error, "told_elsewhere", False))
+        # Rank 0 says what the others did, too: where they write, nobody may be looking.
+        told = getattr(error, "told_elsewhere", False) and _rank() != 0
+        console = Console(stderr=True, soft_wrap=True, quiet=told)
         console.print("error:", style="bold red", end=" ")
         console.print(str(error), markup=False, highlight=False)
         _end(1 if isinstance(error, ConnectionError) else 2)

@@ -18,12 +18,13 @@ from pathlib import Path
 from rich.console import Console
 
 from pretrain.config import RunConfig
+from pretrain.config_types import redacted
 from pretrain.data.loader import DataPlane
 from pretrain.files import read_manifest
 from pretrain.heartbeat import Beat, read_beats
-from pretrain.launching.hangs import HANG_SECONDS, Watch, dump_stacks
+from pretrain.launching.hangs import MARGIN_SECONDS, Watch, dump_stacks
 from pretrain.launching.processes import EXIT_STOPPED, Bounds, Ending, Job, Signals, free_port, is_free, name_of_signal
-from pretrain.training.records import length_of_run, newest_state
+from pretrain.training.records import length_of_run, newest_state, newest_stored
 
 EXIT_USER_ERROR = 2
 SAME_PLACE = 3
@@ -40,12 +41,14 @@ class Supervision:
 
     Attributes:
         max_restarts: in a row, without a newer checkpoint.
-        hang_seconds: see `pretrain.launching.hangs.HANG_SECONDS`.
+        hang_seconds: of silence that are never taken for a hang, whatever the rule of the steps says.
+        margin: see `pretrain.launching.hangs.MARGIN_SECONDS`.
         pause: seconds before the first restart; doubled each time, up to 30.
     """
 
     max_restarts: int = 10
-    hang_seconds: float = HANG_SECONDS
+    hang_seconds: float = 0.0
+    margin: float = MARGIN_SECONDS
     pause: float = 1.0
 
 
@@ -96,11 +99,15 @@ def launch(
         read_manifest(config.directory / kind, kind)
     console = console or Console(stderr=True, soft_wrap=True)
     history = History(config)
+    trained = False
     with Signals() as signals, tempfile.TemporaryDirectory(prefix="pretrain-", dir=_memory_folder()) as folder:
         while True:
             launched = Launched(config, command(resume), processes, Path(folder), console)
             ending = launched.run(signals, supervision, bounds)
-            if supervision is None or signals.received or ending.code in (0, EXIT_STOPPED, EXIT_USER_ERROR):
+            # Code 2 is a mistake of the user's before the first step; after it, a disk or a store that failed.
+            trained = trained or launched.trained
+            final = (0, EXIT_STOPPED) if trained else (0, EXIT_STOPPED, EXIT_USER_ERROR)
+            if supervision is None or signals.received or ending.code in final:
                 return ending.code
             if reason := history.failed(launched.place(ending), supervision.max_restarts):
                 say(console, f"{reason}; the processes' logs: {launched.logs}")
@@ -151,15 +158,19 @@ class Launched:
         for _ in range(_PORTS):
             job = Job(self._command, self._processes, self.logs, self._beats, free_port())
             job.start()
-            self._watch = Watch(job, hang_seconds=supervision.hang_seconds) if supervision is not None else None
+            if supervision is not None:
+                self._watch = Watch(job, margin=supervision.margin, at_least=supervision.hang_seconds)
             ending = job.wait(signals, bounds, hangs=partial(self._hangs, job) if self._watch else None)
-            beats = read_beats(self._beats).values()
-            started = any(beat.phase != "start" for beat in beats)
-            if ending.code == 0 or started or ending.why or signals.received or is_free(job.port):
+            if ending.code == 0 or self.trained or ending.why or signals.received or is_free(job.port):
                 break
             say(self._console, f"port {job.port} was taken by another program; starting again with another")
         self._tell(job, ending)
         return ending
+
+    @property
+    def trained(self) -> bool:
+        """Whether any process came past the start."""
+        return any(beat.phase != "start" for beat in read_beats(self._beats).values())
 
     def _hangs(self, job: Job) -> bool:
         watch = self._watch
@@ -177,7 +188,7 @@ class Launched:
         if rank is None or (self._watch is not None and self._watch.hang is not None):
             return
         code = ending.codes[rank]
-        if code == ending.codes[0] == EXIT_USER_ERROR:
+        if code == ending.codes[0] == EXIT_USER_ERROR and not self.trained:
             return
         how = f"was ended by {name_of_signal(-code)}" if code < 0 else f"ended with code {code}"
         if code == -9 and not ending.why:
@@ -224,12 +235,12 @@ class History:
     config: RunConfig
     failures: list[Place] = field(default_factory=list)
     saved: int | None = None
+    store: str = ""  # that holds the newest checkpoint; empty when it lies in the run's directory
 
     def failed(self, place: Place, max_restarts: int) -> str:
         """Note a failure; why the run must not be started again, empty when it may."""
-        newest = self._newest()
-        if newest != self.saved:
-            self.saved = newest
+        before, (self.saved, self.store) = self.saved, self._newest()
+        if self.saved != before:
             self.failures.clear()
         self.failures.append(place)
         if self.failures[-SAME_PLACE:] == [place] * SAME_PLACE:
@@ -240,11 +251,22 @@ class History:
 
     def from_where(self) -> str:
         """What a new start goes on from."""
-        return "step 0: nothing is saved yet" if not self.saved else f"the checkpoint of step {self.saved:,}"
+        if self.store:
+            of_step = f", of step {self.saved:,}" if self.saved else ""
+            return f"the newest checkpoint in {self.store}{of_step}"
+        if self.saved:
+            return f"the checkpoint of step {self.saved:,}"
+        if (to := self.config.checkpoint.to) is not None:
+            return f"the newest checkpoint in {redacted(to)}, if there is one"
+        return "step 0: nothing is saved yet"
 
-    def _newest(self) -> int:
-        state = newest_state(self.config.directory / "train")
-        return 0 if state is None else int(state["progress"]["step"])
+    def _newest(self) -> tuple[int, str]:
+        """The step of the newest checkpoint, 0 without one, and the store that holds it."""
+        directory = self.config.directory / "train"
+        state = newest_state(directory)
+        step = 0 if state is None else int(state["progress"]["step"])
+        stored = newest_stored(directory)
+        return stored if stored is not None and stored[0] >= step else (step, "")
 
     def _rows(self, step: int | None) -> str:
         """The rows of a step, and the command that shows them; empty when it was no step."""

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from pretrain import cli
-from pretrain.config import load_config
+from pretrain.config import RunConfig, load_config
+from pretrain.launch import Supervision
+from pretrain.strategy import read_launch, resolve_strategy
 
 
 def pretrain(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -83,10 +86,21 @@ def test_launching_needs_no_torch() -> None:
 
 @pytest.mark.parametrize(
     ("given", "configured", "launched"),
-    [(None, None, None), (1, None, None), (2, None, (2, [])), (None, 3, (3, [])), (2, 3, (2, ["train.processes=2"]))],
+    [
+        (None, None, None),
+        (1, None, None),
+        (1, 2, None),
+        (2, None, (2, [])),
+        (None, 3, (3, [])),
+        (2, 3, (2, ["train.processes=2"])),
+    ],
 )
 def test_how_many_processes_are_launched(
-    given: int | None, configured: int | None, launched: tuple[int, list[str]] | None, monkeypatch: pytest.MonkeyPatch
+    given: int | None,
+    configured: int | None,
+    launched: tuple[int, list[str]] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
@@ -99,8 +113,46 @@ def test_how_many_processes_are_launched(
 
     monkeypatch.setattr("pretrain.launch.launch", launch)
     overrides = [] if configured is None else [f"train.processes={configured}"]
-    config = load_config("quickstart-gpt", overrides)
-    found = cli._launcher("quickstart-gpt", [], config, given, False, 10, None)
+    config = cli._own_config("quickstart-gpt", [*overrides, f"out={tmp_path}"], given)
+    assert config.train.processes == (configured and (given or configured)), "what is not launched trains with it, too"
+    found = cli._launcher("quickstart-gpt", [], config, given, None, None)
     if found is not None:
         found("auto")
     assert asked == ([] if launched is None else [launched])
+
+
+def test_one_process_in_place_of_the_configured_two_trains_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    asked: list[RunConfig] = []
+
+    def train(config: RunConfig, **rest: object) -> int:
+        asked.append(config)
+        return 0
+
+    monkeypatch.setattr("pretrain.train.train", train)
+    words = ["train", "quickstart-gpt", "train.processes=2", f"out={tmp_path}", "--processes", "1"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert [resolve_strategy(config, read_launch(os.environ)) for config in asked] == ["single"]
+
+
+def test_hang_seconds_are_for_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="add --supervise"):
+        cli._supervision(False, 10, 60.0)
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    asked: list[Supervision] = []
+
+    def launch(config: object, command: object, *, supervision: Supervision, **rest: object) -> int:
+        asked.append(supervision)
+        return 0
+
+    monkeypatch.setattr("pretrain.launch.launch", launch)
+    config = load_config("quickstart-gpt")
+    for seconds in (None, 60.0):
+        found = cli._launcher("quickstart-gpt", [], config, None, cli._supervision(True, 3, seconds), None)
+        assert found is not None
+        found("auto")
+    assert [(one.max_restarts, one.hang_seconds) for one in asked] == [(3, 0.0), (3, 60.0)]

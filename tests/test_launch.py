@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -16,13 +17,16 @@ from rich.console import Console
 import pretrain.launch as verb
 from pretrain.config import RunConfig
 from pretrain.files import ArtifactError
-from pretrain.launch import Supervision, launch
+from pretrain.heartbeat import Beat
+from pretrain.launch import History, Place, Supervision, launch
 from pretrain.launching import hangs
+from pretrain.stores import Store
+from pretrain.training.stored import Stored
 from tests.gpu.synthetic import make_run
-from tests.launching.ranks import QUICK, command
+from tests.launching.ranks import QUICK, command, job
 
-CALM = Supervision(hang_seconds=60.0, pause=0.05)
-STRICT = Supervision(hang_seconds=1.5, pause=0.05)
+CALM = Supervision(margin=60.0, pause=0.05)
+STRICT = Supervision(margin=1.5, pause=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +163,40 @@ def test_what_is_not_started_again(said: Said, tmp_path: Path, code: int) -> Non
     assert starts(tmp_path) == 1
 
 
+@pytest.mark.parametrize("phase", ["step", "evaluate", "save"])
+def test_an_error_after_the_start_is_no_mistake_of_the_users(said: Said, tmp_path: Path, phase: str) -> None:
+    """A disk or a store that fails says 2 as well: whoever trained is started again."""
+    program = (
+        f"first = starts() == 1\nsteps(5)\nheart.beat(5, {phase!r})\nall_here(f'a{{first}}')\n"
+        "sys.exit(2 if first else 0)"
+    )
+    assert said.launch(program) == 0
+    assert starts(tmp_path) == 2
+    assert "of 2 ended with code 2 in " in said.text
+
+
+def test_one_rank_that_began_to_train_is_enough(said: Said, tmp_path: Path) -> None:
+    program = (
+        "first = starts() == 1\nif rank: heart.beat(0, 'step')\nall_here(f'a{first}')\nsys.exit(2 if first else 0)"
+    )
+    assert said.launch(program) == 0
+    assert starts(tmp_path) == 2
+
+
+def test_what_trained_once_is_started_again_from_its_start(said: Said, tmp_path: Path) -> None:
+    """The store that failed a step is still away when the run goes on."""
+    program = "number = starts()\nif number != 2: steps(5)\nall_here(f'a{number}')\nsys.exit(2 if number < 3 else 0)"
+    assert said.launch(program) == 0
+    assert starts(tmp_path) == 3
+
+
+def test_an_end_by_policy_repeats_and_is_final(said: Said, tmp_path: Path) -> None:
+    """`on_nonfinite: stop` ends at the same step each time."""
+    assert said.launch("number = starts()\nsteps(8)\nall_here(f'a{number}')\nsys.exit(2)") == 2
+    assert starts(tmp_path) == 3
+    assert "step 8 failed 3 times in a row: not started again" in said.text
+
+
 def test_after_a_stop_signal_nothing_is_started_again(said: Said, tmp_path: Path) -> None:
     """The signal comes while the processes start, and ends them without a save."""
     program = "starts()\nall_here('a')\nif rank: os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)"
@@ -220,6 +258,25 @@ def test_a_slow_step_is_no_hang(said: Said, tmp_path: Path) -> None:
     assert starts(tmp_path) == 1
 
 
+def test_no_silence_below_the_floor_is_a_hang(said: Said, tmp_path: Path) -> None:
+    """`--hang-seconds`: for a step, and for what is not one."""
+    floor = Supervision(hang_seconds=2.5, margin=0.2, pause=0.05)
+    program = "first = starts() == 1\nsteps(8)\nheart.beat(8, 'step')\ntime.sleep({seconds} if first else 0)"
+    assert said.launch(program.format(seconds=1.2), supervision=floor) == 0
+    assert starts(tmp_path) == 1
+    (tmp_path / "starts-1").unlink()
+    (tmp_path / "starts-0").unlink()
+    assert said.launch(program.format(seconds=60.0), supervision=floor) == 0
+    assert starts(tmp_path) == 2
+    assert "2.5 s are allowed" in said.text
+
+
+def test_the_floor_holds_in_every_phase(tmp_path: Path) -> None:
+    watch = hangs.Watch(job(tmp_path, ""), margin=10.0, at_least=700.0)
+    for phase, allowed in {"step": 700.0, "evaluate": 700.0, "end": 700.0, "save": 1800.0, "start": 1800.0}.items():
+        assert watch._allowed(Beat(8, phase, 9, 0.0, 1.0)) == allowed  # type: ignore[arg-type]
+
+
 def test_the_first_steps_may_be_slow(said: Said, tmp_path: Path) -> None:
     assert (
         said.launch(
@@ -278,6 +335,43 @@ sys.exit(0 if number == 5 else 9)
     assert said.launch(program) == 0
     assert starts(tmp_path) == 5
     assert "from the checkpoint of step 6" in said.text
+
+
+def test_a_checkpoint_in_a_store_begins_the_count_again(said: Said, config: RunConfig, tmp_path: Path) -> None:
+    """None lies in the run's directory: the record of the uploads tells."""
+    program = f"""
+number = starts()
+steps(8)
+if rank == 0 and number == 3:
+    record = Path({str(config.directory)!r}) / "train" / "store.json"
+    record.write_text('{{"to": "s3://b", "run": "s3://b/synthetic", "step": 6}}')
+all_here(f"a{{number}}")
+sys.exit(0 if number == 5 else 9)
+"""
+    assert said.launch(program) == 0
+    assert starts(tmp_path) == 5
+    assert "from the newest checkpoint in s3://b/synthetic, of step 6" in said.text
+
+
+def test_what_a_supervisor_knows_of_a_store(config: RunConfig, tmp_path: Path) -> None:
+    """The record is what a save into a store leaves; a newer checkpoint on the disk comes before it."""
+    to = f"file://{tmp_path}/store"
+    inside = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"to": to})})
+    history = History(inside)
+    history.failed(Place("the start"), 9)
+    assert history.from_where() == f"the newest checkpoint in {to}, if there is one"
+    directory = config.directory / "train"
+    directory.mkdir()
+    saved = SimpleNamespace(step=6, run_id="a")
+    Stored(Store.at(to).below("run"), directory, to).settle(saved, best=False, keep=1)  # type: ignore[arg-type]
+    history.failed(Place("the start"), 9)
+    assert (history.saved, len(history.failures)) == (6, 1)
+    assert history.from_where() == f"the newest checkpoint in {to}/run, of step 6"
+    local = directory / "checkpoints" / "step-00000008"
+    local.mkdir(parents=True)
+    (local / "trainer.json").write_text(json.dumps({"state": {"progress": {"step": 8}}}))
+    history.failed(Place("the start"), 9)
+    assert history.from_where() == "the checkpoint of step 8"
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

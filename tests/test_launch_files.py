@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pretrain.launching.processes import free_port
 from pretrain.strategy import ZERO
+from scripts.faults import tiny
 from scripts.faults.fake_slurm import asked, install
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +79,53 @@ def test_every_strategy_has_its_files() -> None:
         assert yaml.safe_load(path.read_text(encoding="utf-8"))["mixed_precision"] == "no"
 
 
+# --- launchers ------------------------------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    "accelerate, fsdp2": ["accelerate", "launch", "--config_file", "configs/accelerate/cpu-fsdp2.yaml", "-m"],
+    "accelerate, zero3": ["accelerate", "launch", "--config_file", "configs/accelerate/cpu-zero3.yaml", "-m"],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "-m"],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module"],
+}
+PORTS = {"accelerate": "--main_process_port", "torchrun": "--master-port", "deepspeed": "--master_port"}
+
+
+@pytest.mark.slow  # half a minute each: two processes, and each launcher's own start
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_trains_on_two_processes(name: str, tmp_path: Path) -> None:
+    """To the end; its evaluations have one batch, fewer than there are processes that meet in each forward pass."""
+    if name in ("accelerate, zero3", "deepspeed"):
+        pytest.importorskip("deepspeed")
+    program, *words = LAUNCHERS[name]
+    made = tiny.make(tmp_path, train={"steps": 4}, evaluate={"every": 2})
+    command = [str(Path(sys.executable).parent / program), *words, "pretrain", "train", str(made.config)]
+    last = command.index(words[-1])
+    command[last:last] = [PORTS[program], str(free_port())]
+    if name == "deepspeed":
+        command.append("train.strategy=zero2")
+    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in told} | tiny.ENVIRONMENT
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as launcher:
+        try:
+            output, _ = launcher.communicate(timeout=150)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, output
+    lines = [json.loads(line) for line in (made.directory / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "validation/loss" in line] == [0, 2, 4]
+    assert json.loads((made.directory / "train" / "result.json").read_text())["step"] == 4
+
+
 # --- Slurm ----------------------------------------------------------------------------------------------------------
 
 TASK = """#!{python}
@@ -85,19 +135,23 @@ open(f"{place}/task-{rank}", "w").write(" ".join(sys.argv[1:]) + "\\n" + repr(di
 def stop(number, frame):
     time.sleep(0.5)  # it saves
     sys.exit(75)
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, stop)
+if not {starting}:
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, stop)
 open(f"{place}/ready-{rank}", "w")
 time.sleep({seconds})
 sys.exit({code})
 """
 
 
-def batch(folder: Path, *, seconds: float, code: int = 0, send: signal.Signals | None = None) -> tuple[int, str]:
+def batch(
+    folder: Path, *, seconds: float, code: int = 0, send: signal.Signals | None = None, starting: bool = False
+) -> tuple[int, str]:
     """Run the script with two tasks that stand in for the training; its exit code and what it said."""
     environment = {**os.environ, **install(folder, tasks=2), "OMP_NUM_THREADS": "3"}
     program = TASK
-    for name, value in {"python": sys.executable, "place": folder, "seconds": seconds, "code": code}.items():
+    values = {"python": sys.executable, "place": folder, "seconds": seconds, "code": code, "starting": starting}
+    for name, value in values.items():
         program = program.replace(f"{{{name}}}", str(value))
     (folder / "python").write_text(program)
     (folder / "python").chmod(0o755)
@@ -128,6 +182,16 @@ def test_slurm_tasks_get_torchs_variables(tmp_path: Path) -> None:
 def test_slurm_requeues_once_before_the_time_limit(tmp_path: Path) -> None:
     code, output = batch(tmp_path, seconds=60, send=signal.SIGUSR1)
     assert (code, asked(tmp_path)) == (75, ["requeue 4242"]), output
+
+
+def test_slurm_requeues_tasks_that_the_signal_met_while_they_started(tmp_path: Path) -> None:
+    """They have no handler for it yet, and it ends them."""
+    code, output = batch(tmp_path / "limit", seconds=60, send=signal.SIGUSR1, starting=True)
+    assert (code, asked(tmp_path / "limit")) == (138, ["requeue 4242"]), output
+    code, output = batch(tmp_path / "person", seconds=60, send=signal.SIGTERM, starting=True)
+    assert (code, asked(tmp_path / "person")) == (143, []), output
+    assert batch(tmp_path / "own", seconds=0, code=138)[0] == 138
+    assert asked(tmp_path / "own") == [], "the limit had not come"
 
 
 def test_slurm_does_not_requeue_what_a_person_stopped_or_what_failed(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ PHASE_SECONDS: Mapping[Phase, float] = {
 }
 """How long a process may be silent in a phase; in `step` as long as it is not known how long a step takes."""
 
-HANG_SECONDS = 10.0
+MARGIN_SECONDS = 10.0
 """A step hangs after twice the slowest normal one and this long besides."""
 
 _LOOK_SECONDS = 0.25
@@ -68,18 +68,25 @@ class Watch:
 
     Args:
         job: whose processes.
-        hang_seconds: see `HANG_SECONDS`.
+        margin: see `MARGIN_SECONDS`.
+        at_least: seconds of silence that no phase takes for a hang.
         phases: see `PHASE_SECONDS`.
     """
 
     def __init__(
-        self, job: Job, *, hang_seconds: float = HANG_SECONDS, phases: Mapping[Phase, float] = PHASE_SECONDS
+        self,
+        job: Job,
+        *,
+        margin: float = MARGIN_SECONDS,
+        at_least: float = 0.0,
+        phases: Mapping[Phase, float] = PHASE_SECONDS,
     ) -> None:
         self.hang: Hang | None = None
         self.beats: dict[int, Beat] = {}
         self._job = job
         # What is promised holds between two looks, too.
-        self._margin = hang_seconds - min(2 * _LOOK_SECONDS, hang_seconds / 2)
+        self._margin = margin - min(2 * _LOOK_SECONDS, margin / 2)
+        self._at_least = at_least
         self._phases = phases
         self._silent: dict[int, float] = {}
         self._looked = time.monotonic()
@@ -109,8 +116,10 @@ class Watch:
 
     def _allowed(self, beat: Beat) -> float:
         if beat.phase == "step" and beat.slowest is not None:
-            return 2 * beat.slowest + self._margin
-        return self._phases[beat.phase]
+            usual = 2 * beat.slowest + self._margin
+        else:
+            usual = self._phases[beat.phase]
+        return max(usual, self._at_least)
 
     def _blame(self) -> Hang:
         """Of all that run: one that is stopped, else the one that got least far, else the one silent for longest."""

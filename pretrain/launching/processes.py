@@ -168,7 +168,7 @@ class Job:
                 os.close(output)
 
     def environment(self, rank: int) -> dict[str, str]:
-        """The variables of a process: torch's, and ours."""
+        """The variables of a process: torch's, and where its signs of life go."""
         threads = max(1, len(_cores()) // self.processes)
         return {
             "OMP_NUM_THREADS": str(threads),
@@ -179,7 +179,6 @@ class Job:
             "LOCAL_WORLD_SIZE": str(self.processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
-            "PRETRAIN_PROCESSES": str(self.processes),
             heartbeat.ENVIRONMENT: str(self.beats),
         }
 

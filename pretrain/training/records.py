@@ -37,6 +37,18 @@ def newest_state(directory: Path) -> dict[str, Any] | None:
     return None
 
 
+def newest_stored(directory: Path) -> tuple[int, str] | None:
+    """The step and the store of the newest checkpoint that a run has uploaded; None when it keeps none in a store.
+
+    The step is 0 where the record does not say it.
+    """
+    try:
+        record = json.loads((directory / "store.json").read_text(encoding="utf-8"))
+        return int(record.get("step", 0)), str(record["run"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: going on refuses it
+        return None
+
+
 def _step_of(trainer_json: Path) -> int:
     digits = trainer_json.parent.name.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1

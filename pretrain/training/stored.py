@@ -122,7 +122,8 @@ class Stored:
 
     def settle(self, content: Content, *, best: bool, keep: int) -> None:
         """Move the pointers, then remove what is no longer kept, and what a killed process left."""
-        update_file(self.directory / RECORD, (json.dumps({"to": self.url, "run": self.name}) + "\n").encode())
+        record = {"to": self.url, "run": self.name, "step": content.step}
+        update_file(self.directory / RECORD, (json.dumps(record) + "\n").encode())
         step, run = checkpoint.checkpoint_path(self.directory, content.step).name, content.run_id
         if self.store.read(SAVED_MARK) is None:
             self.store.put_bytes(SAVED_MARK, (json.dumps({"run_id": run}) + "\n").encode())

@@ -4,7 +4,8 @@
 #   sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 scripts/launch/slurm.sh CONFIG [KEY=VALUE ...]
 #
 # Two minutes before the limit (longer than a step and a save take; else raise the 120) Slurm sends SIGUSR1 to this
-# script, which passes it on: all processes agree, save and exit with 75, and the job is put back into the queue.
+# script, which passes it on: all processes agree, save and exit with 75, and the job is put back into the queue; so it
+# is when the tasks had not begun to train, and the signal ended them.
 # `scancel --signal=TERM JOB` saves and ends it for good. PORT: that the tasks meet at. The environment that
 # `sbatch` was called in (a virtual environment, say) is the tasks' own.
 #SBATCH --job-name=pretrain
@@ -52,8 +53,9 @@ while true; do
     fi
 done
 
-if [ "$code" -eq 75 ] && [ "$time_is_up" -eq 1 ]; then
-    echo "saved before the time limit; back into the queue"
+# 138 = 128 + SIGUSR1: the signal came while the tasks still started, and ended them; nothing is lost.
+if [ "$time_is_up" -eq 1 ] && { [ "$code" -eq 75 ] || [ "$code" -eq 138 ]; }; then
+    echo "$([ "$code" -eq 75 ] && echo saved || echo stopped) before the time limit; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

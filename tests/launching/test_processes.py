@@ -44,7 +44,6 @@ def test_environment_output_and_a_good_end(tmp_path: Path, capfd: pytest.Capture
             "WORLD_SIZE": 2,
             "LOCAL_WORLD_SIZE": 2,
             "MASTER_ADDR": "127.0.0.1",
-            "PRETRAIN_PROCESSES": 2,
             "OMP_NUM_THREADS": max(1, cores // 2),
         }.items():
             assert f"'{name}': '{value}'" in text
