@@ -161,14 +161,16 @@ def pairs(folder: Path, chosen: Sequence[tuple[State, State]]) -> list[Pair]:
     return made
 
 
-def relayed(folder: Path, *, steps: int = 20) -> tuple[float, str]:
-    """ZeRO-3, FSDP2, DDP, one process: `steps` steps each, micro-batches of 4, 3, 2 and 5 rows, against one run."""
-    base = tiny.make(folder / "relay", **{**SECTIONS, "train": {**SECTIONS["train"], "steps": 4 * steps}})
+RELAY = ((State("zero3", 2), 4), (State("fsdp2", 2), 3), (State("ddp", 2), 2), (STATES[0], 5))
+
+
+def relayed(folder: Path, *, steps: int = 20, runners: Sequence[tuple[State, int]] = RELAY) -> tuple[float, str]:
+    """`steps` steps of each state, with its rows in a micro-batch, against one run; the difference, the fault."""
+    base = tiny.make(folder / "relay", **{**SECTIONS, "train": {**SECTIONS["train"], "steps": len(runners) * steps}})
     single, whole = STATES[0], tiny.copy(base, folder / "relay-straight")
     (straight,) = race([(single, leg(whole, single))], folder / "relay-job")
-    runners = (State("zero3", 2), State("fsdp2", 2), State("ddp", 2), single)
     rows: dict[int, list[str]] = {}
-    for number, (state, micro_batch) in enumerate(zip(runners, (4, 3, 2, 5), strict=True), start=1):
+    for number, (state, micro_batch) in enumerate(runners, start=1):
         stop = None if number == len(runners) else number * steps
         runner = leg(base, state, f"train.micro_batch={micro_batch}", stop_after=stop, compare=number > 1)
         (found,) = race([(state, runner)], folder / "relay-job")

@@ -20,11 +20,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "scripts"), str(ROOT)]
 
 from outcome import Fault, Line, inject_number  # noqa: E402
 
-TOPICS = ("saving", "resume", "data", "training", "processes", "ranks")
+TOPICS = ("saving", "resume", "data", "training", "processes", "ranks", "worlds")
 
 
 def collect(topics: Sequence[str] = TOPICS) -> list[tuple[Fault, str, int]]:
