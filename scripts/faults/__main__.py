@@ -1,7 +1,8 @@
 """Injects every fault, one after another, and writes the table: `python scripts/faults OUT.md [--only 1,2] [--list]`.
 
-What lives here: collecting the faults of the topics beside this file, running each in an empty folder, the page. What
-must not: any fault. A topic that is not there is left out; a fault that raises is a row with no try survived.
+What lives here: collecting the faults of the topics beside this file, running each in an empty folder (first those
+that promise something within seconds, one at a time), the page. What must not: any fault. A topic that is not there is
+left out; a fault that raises is a row with no try survived.
 """
 
 from __future__ import annotations
@@ -72,6 +73,20 @@ def page(lines: Sequence[Line], command: str) -> str:
     return "\n".join(text) + "\n"
 
 
+def inject_all(faults: Sequence[tuple[Fault, str, int]], jobs: int) -> list[Line]:
+    """What came of each fault, in order, `jobs` of them at a time."""
+    lines = []
+    # A fresh process for each worker: faults fork, set the environment and catch signals.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        made = pool.map(inject_number, *([entry[place] for entry in faults] for place in (1, 2)))
+        for (fault, _, _), (outcome, seconds) in zip(faults, made, strict=True):
+            line = Line(fault, outcome, seconds)
+            lines.append(line)
+            told = f"{line.outcome.survived}/{line.outcome.tries} in {line.seconds:.0f} s; {line.outcome.note}"
+            sys.stderr.write(f"row {fault.row}, {fault.fault}: {told}\n")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the faults that are asked for; the exit code is 1 when a try was not survived."""
     parser = argparse.ArgumentParser(prog="python scripts/faults", description=__doc__)
@@ -91,15 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fault, _, _ in faults:
             sys.stdout.write(f"{fault.row:>4}  {fault.fault}\n")
         return 0
-    lines = []
-    # A fresh process for each worker: faults fork, set the environment and catch signals.
-    with ProcessPoolExecutor(parsed.jobs, multiprocessing.get_context("spawn")) as pool:
-        made = pool.map(inject_number, *([entry[place] for entry in faults] for place in (1, 2)))
-        for (fault, _, _), (outcome, seconds) in zip(faults, made, strict=True):
-            line = Line(fault, outcome, seconds)
-            lines.append(line)
-            told = f"{line.outcome.survived}/{line.outcome.tries} in {line.seconds:.0f} s; {line.outcome.note}"
-            sys.stderr.write(f"row {fault.row}, {fault.fault}: {told}\n")
+    lines = inject_all([entry for entry in faults if entry[0].timed], 1)
+    lines += inject_all([entry for entry in faults if not entry[0].timed], parsed.jobs)
+    lines.sort(key=lambda line: _order(line.fault.row))
     given = list(sys.argv[1:] if arguments is None else arguments)
     text = page(lines, os.environ.get("FAULTS_COMMAND") or shlex.join(["python", "scripts/faults", *given]))
     if parsed.out is None:

@@ -26,13 +26,14 @@ class Fault:
     """A fault of the table: its row, what is done to the run, what must hold, and the function that does it.
 
     `inject` gets an empty folder. It raises nothing for a try that failed: that is a try not survived, and its first
-    reason belongs into `note`.
+    reason belongs into `note`. A fault that is `timed` promises something within seconds: no other one runs beside it.
     """
 
     row: str
     fault: str
     promise: str
     inject: Callable[[Path], Outcome]
+    timed: bool = False
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,12 @@ FAULTS = [
         "the copies' hashes differ: caught at the next comparison, with the rank and the tensor",
         flipped_bit,
     ),
-    Fault("30", "a layer norm of one rank moved by 1e-6", "caught at the next comparison, for under 0.5%", drift),
-    Fault("31", "one rank is 50 ms slower", "named in the log within 20 steps, for under 1%", slow_rank),
+    Fault(
+        "30",
+        "a layer norm of one rank moved by 1e-6",
+        "caught at the next comparison, for under 0.5%",
+        drift,
+        timed=True,
+    ),
+    Fault("31", "one rank is 50 ms slower", "named in the log within 20 steps, for under 1%", slow_rank, timed=True),
 ]

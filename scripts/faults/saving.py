@@ -338,7 +338,9 @@ FAULTS = [
     ),
     Fault("7", "power loss after a rename", "files, then directory flushed", power_loss),
     Fault("8", "clocks, another run's checkpoints", "order by step and run id; exact", clocks_and_strangers),
-    Fault("9", "two jobs, one folder", "second refused under 5 s; a killed one's lock clears itself", two_jobs),
+    Fault(
+        "9", "two jobs, one folder", "second refused under 5 s; a killed one's lock clears itself", two_jobs, timed=True
+    ),
     Fault("11", "a second stop signal in the save", "no half checkpoint; exact", signals_in_a_save),
     Fault("24", "state missing or of another dtype", "an error names it, nothing is overwritten", missing_state),
     Fault("25", "save, load, save, load, save", "same bytes", save_and_load),
