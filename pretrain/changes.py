@@ -37,6 +37,19 @@ class Rule:
     reason: str
 
 
+_SHAPE = """
+hidden_size embedding_size intermediate_size num_hidden_layers num_decoder_layers num_hidden_groups num_attention_heads
+num_key_value_heads head_dim max_position_embeddings type_vocab_size embedding_norm position_kind position_offset
+relative_attention_num_buckets mixer attention_bias qk_norm block_kind mlp_kind mlp_bias norm_kind norm_bias first_norm
+tie_word_embeddings head_transform head_dense_bias head_bias
+"""
+_MEANING = """
+embedding_scale sinusoidal_layout rope_theta local_rope_theta rope_scaling partial_rotary_factor
+relative_attention_max_distance local_window global_attention_every attention_pattern attention_scale attention_softcap
+hidden_act norm_eps norm_placement residual_scale output_scale logit_softcap
+"""
+
+
 def _rules() -> dict[str, Rule]:
     """Each line: a section and its keys (none: the whole section), the stage, what a resumed run does, and why."""
     table: list[tuple[str, str, str | None, Literal["safe", "allow", "refused"], str]] = [
@@ -55,14 +68,11 @@ def _rules() -> dict[str, Rule]:
         ("data", "max_documents_per_row", "train", "refused", "the rows are packed by it"),
         ("data", "executor workers verify", None, "safe", "it steers the work, not what comes out"),
         ("model", "architecture from", "tokenizer", "refused", "the weights are of that model"),
-        ("model", "hidden_size intermediate_size num_hidden_layers", "train", "refused", "the weights have this shape"),
-        ("model", "num_attention_heads num_key_value_heads", "train", "refused", "the weights have this shape"),
-        ("model", "head_dim max_position_embeddings", "train", "refused", "the weights have this shape"),
-        ("model", "tie_word_embeddings", "train", "refused", "the weights have this shape"),
-        ("model", "rope_theta local_rope_theta local_window", "train", "refused", "the weights have learned with it"),
-        ("model", "global_attention_every norm_eps", "train", "refused", "the weights have learned with it"),
-        ("model", "initializer_range", "train", "refused", "the first weights were drawn with it"),
+        ("model", _SHAPE, "train", "refused", "the weights have this shape"),
+        ("model", _MEANING, "train", "refused", "the weights have learned with it"),
+        ("model", "initializer initializer_range", "train", "refused", "the first weights were drawn with it"),
         ("model", "hidden_dropout attention_dropout embedding_dropout", "train", "allow", "it changes each later step"),
+        ("model", "label_smoothing", "train", "allow", "it changes each later step"),
         # Another mask rate would need no other rows, but then the batch of a step is no function of (data, seed, step).
         ("objective", "kind rate random keep", "train", "refused", "it decides what every step of the run predicts"),
         ("optimizer", "name", "train", "refused", "the saved state is that optimizer's"),

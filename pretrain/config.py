@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
 
 from pretrain.config_data import SHARDS_KEYS, DataConfig, ValidationSplit
+from pretrain.config_model import DECODERS, ENCODERS, KINDS, ModelConfig
 from pretrain.config_text import ConfigError, describe_errors, dump_yaml, parse_yaml
 from pretrain.config_types import (
     Amount,
@@ -36,8 +37,6 @@ from pretrain.config_types import (
     redacted,
 )
 
-ENCODERS = ("bert", "modernbert")
-DECODERS = ("gpt2", "llama")
 BUDGETS = ("tokens", "steps", "epochs", "minutes", "hours")
 
 
@@ -83,43 +82,6 @@ class TokenizerConfig(Section):
         if self.algorithm == "ids" and changed:
             raise ValueError(f"`{changed[0]}` has no effect with `algorithm: ids`, which learns nothing; remove it")
         return self
-
-
-class ModelConfig(Section):
-    """The model: a known design's conventions, and sizes beside it. A size left out is the published base model's."""
-
-    architecture: Literal["bert", "modernbert", "gpt2", "llama"] | None = None
-    from_: str | None = Field(None, alias="from", description="start from this model: a Hub name or a directory")
-    hidden_size: Positive | None = None
-    num_hidden_layers: Positive | None = None
-    num_attention_heads: Positive | None = None
-    num_key_value_heads: Positive | None = None
-    head_dim: Positive | None = None
-    intermediate_size: Positive | None = None
-    max_position_embeddings: Positive | None = Field(None, description="default: data.sequence_length, if larger")
-    rope_theta: float | None = None
-    local_rope_theta: float | None = None
-    local_window: Positive | None = None
-    global_attention_every: Positive | None = None
-    hidden_dropout: Share | None = None
-    attention_dropout: Share | None = None
-    embedding_dropout: Share | None = None
-    norm_eps: float | None = None
-    initializer_range: float | None = None
-    tie_word_embeddings: StrictBool | None = None
-
-    @model_validator(mode="after")
-    def _architecture_or_from(self) -> Self:
-        if self.architecture is None and self.from_ is None:
-            known = ", ".join((*ENCODERS, *DECODERS))
-            raise ValueError(f"give `architecture` (one of {known}) or `from`")
-        if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_"})):
-            raise ValueError(f"`from` takes a model as it is, so `{given[0]}` has no effect; remove one of them")
-        return self
-
-    def sizes(self) -> dict[str, Any]:
-        """The keys that were given, for the model configuration."""
-        return self.model_dump(exclude={"architecture", "from_"}, exclude_none=True)
 
 
 class ObjectiveConfig(Section):
@@ -269,7 +231,7 @@ class LogConfig(Section):
 class ExportConfig(Section):
     """The published form."""
 
-    to: Literal["auto", "bert", "modernbert", "gpt2", "llama"] = Field("auto", description="stock architecture")
+    to: str = Field("auto", description="stock architecture, by its model_type")
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     max_shard_bytes: Positive = 5_000_000_000
 
@@ -330,11 +292,9 @@ class RunConfig(Section):
         return self.train.batch_tokens // self.data.sequence_length
 
     @property
-    def kind(self) -> Literal["encoder", "decoder"] | None:
+    def kind(self) -> Literal["encoder", "decoder", "seq2seq"] | None:
         """What the architecture is; None when the model comes from elsewhere."""
-        if self.model.architecture is None:
-            return None
-        return "encoder" if self.model.architecture in ENCODERS else "decoder"
+        return None if self.model.architecture is None else KINDS[self.model.architecture]
 
 
 # --- reading and writing a configuration ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ LEVELS = {
     "config_text": 0,
     "config_types": 0,
     "config_data": 1,
+    "config_model": 1,
     "config": 2,
     "files": 2,
     "plugins": 2,

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from pretrain.changes import RULES
 from pretrain.config import (
     BUDGETS,
-    DECODERS,
-    ENCODERS,
     ModelConfig,
     RunConfig,
     difference,
@@ -23,6 +21,7 @@ from pretrain.config import (
     load_config,
     shipped_directory,
 )
+from pretrain.config_model import KINDS
 from pretrain.config_text import ConfigError, dump_yaml, parse_yaml
 from pretrain.config_types import amount_in_steps
 
@@ -174,10 +173,11 @@ def test_every_key_says_what_it_decides() -> None:
 
 
 def test_model_keys_are_the_models_own() -> None:
-    from pretrain.models import config_keys
+    from pretrain.models import ARCHITECTURES, config_keys
 
+    assert {name: design.kind for name, design in ARCHITECTURES.items()} == KINDS
     keys = set(ModelConfig.model_fields) - {"architecture", "from_"}
-    assert keys <= {key for architecture in ENCODERS + DECODERS for key in config_keys(architecture)}
+    assert keys <= {key for architecture in KINDS for key in config_keys(architecture)}
 
 
 @given(st.integers(1, 10**9), st.floats(0, 100))

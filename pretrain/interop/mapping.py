@@ -31,6 +31,7 @@ KEPT_ASIDE = (
     "attention_dropout",
     "embedding_dropout",
     "classifier_dropout",
+    "label_smoothing",
     "use_cache",
 )
 COMMON_KEYS = ("id2label", "label2id", "problem_type", "dtype")

@@ -12,21 +12,22 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
+from .architectures import ARCHITECTURES
 from .attention import CAPABILITIES, Capability, pick_backend
 from .configuration_loom import (
-    ARCHITECTURES,
     LoomConfig,
     LoomDecoderConfig,
     LoomEncoderConfig,
+    LoomSeq2SeqConfig,
     config_keys,
-    flops_per_token,
     loom_config,
-    num_multiplied_parameters,
 )
+from .costs import flops_per_token, num_multiplied_parameters
 from .dropout import wants_dropout_keys
 from .losses import linear_cross_entropy
 from .modeling_loom import LoomModel, LoomPreTrainedModel
@@ -40,6 +41,7 @@ from .modeling_loom_encoder import (
     LoomEncoderForSequenceClassification,
     LoomEncoderModel,
 )
+from .modeling_loom_seq2seq import LoomSeq2SeqForConditionalGeneration, LoomSeq2SeqModel
 
 __all__ = [
     "ARCHITECTURES",
@@ -56,6 +58,9 @@ __all__ = [
     "LoomEncoderModel",
     "LoomModel",
     "LoomPreTrainedModel",
+    "LoomSeq2SeqConfig",
+    "LoomSeq2SeqForConditionalGeneration",
+    "LoomSeq2SeqModel",
     "config_keys",
     "flops_per_token",
     "linear_cross_entropy",
@@ -79,6 +84,10 @@ _CLASSES: dict[str, dict[str, tuple[type[LoomPreTrainedModel], str]]] = {
         "base": (LoomDecoderModel, "AutoModel"),
         "pretraining": (LoomDecoderForCausalLM, "AutoModelForCausalLM"),
         "classification": (LoomDecoderForSequenceClassification, "AutoModelForSequenceClassification"),
+    },
+    "seq2seq": {
+        "base": (LoomSeq2SeqModel, "AutoModel"),
+        "pretraining": (LoomSeq2SeqForConditionalGeneration, "AutoModelForSeq2SeqLM"),
     },
 }
 
@@ -116,13 +125,23 @@ def register_hub_code(model: PreTrainedModel) -> None:
     model.config.auto_map = auto_map
 
 
+_AUTO_CLASSES = {
+    found.__name__: found
+    for found in (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
+}
+
+
 def _register() -> None:
-    for config_class, kind in ((LoomEncoderConfig, "encoder"), (LoomDecoderConfig, "decoder")):
+    for config_class in (LoomEncoderConfig, LoomDecoderConfig, LoomSeq2SeqConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, _CLASSES[kind]["base"][0], exist_ok=True)
-        AutoModelForSequenceClassification.register(config_class, _CLASSES[kind]["classification"][0], exist_ok=True)
-    AutoModelForMaskedLM.register(LoomEncoderConfig, LoomEncoderForMaskedLM, exist_ok=True)
-    AutoModelForCausalLM.register(LoomDecoderConfig, LoomDecoderForCausalLM, exist_ok=True)
+        for found, auto_class in _CLASSES[config_class.kind].values():
+            _AUTO_CLASSES[auto_class].register(config_class, found, exist_ok=True)
 
 
 _register()

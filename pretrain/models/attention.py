@@ -1,8 +1,8 @@
-"""Attention: rotary positions, the backends by name, and the table of what each backend can hold.
+"""Attention: turning by rotary angles, the backends by name, and the table of what each backend can hold.
 
 A backend takes queries, keys and values of shape (B, heads, length, head_dim) and one `AttentionMask`, and returns the
-mixed values (B, Q, heads, head_dim) with the probabilities or None. Masks are built in `masks.py`, projections live in
-`layers.py`.
+mixed values (B, Q, heads, head_dim) with the probabilities or None. Masks are built in `masks.py`, angles in
+`positions.py`, projections live in `mixers.py`.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,19 @@ from torch.nn import functional
 from .configuration_loom import LoomConfig
 from .cpu_kernels import cpu_attention, cpu_rotary, fits_cpu_attention
 from .masks import AttentionMask
-
-RotaryTables = tuple[Tensor, Tensor]
-
-
-def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> RotaryTables:
-    """Cosines and sines of the rotary angles: (B, L) positions -> two (B, L, 1, head_dim / 2) float32 tensors.
-
-    Su et al. 2021 (arXiv 2104.09864), in the form where dimension i turns with dimension i + head_dim / 2. Computed
-    from the config at each forward: a stored table would be a buffer, which loading leaves uninitialised.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids[..., None].float() / theta**exponents
-    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+from .positions import RotaryTables
 
 
 def apply_rotary(states: Tensor, tables: RotaryTables) -> Tensor:
-    """Turn (B, L, heads, head_dim) states by their positions; computed in float32, returned in the states' dtype."""
+    """Turn (B, L, heads, head_dim) states by their positions; computed in float32, returned in the states' dtype.
+
+    Tables of fewer channels turn the first ones of each head and leave the others.
+    """
     cosine, sine = tables
+    turning = 2 * cosine.shape[-1]
+    if turning < states.shape[-1]:
+        turned = apply_rotary(states[..., :turning].contiguous(), tables)
+        return torch.cat((turned, states[..., turning:]), dim=-1)
     if states.device.type == "cpu" and states.shape[1] >= 16 and not torch.compiler.is_compiling():
         return cpu_rotary(states, cosine, sine)
     first, second = states.to(torch.promote_types(states.dtype, torch.float32)).chunk(2, dim=-1)
@@ -46,12 +41,24 @@ def repeat_key_values(states: Tensor, groups: int) -> Tensor:
 
 
 def eager_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    dropout: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The reference: softmax(q k^T scale + mask) v, with the probabilities (B, heads, Q, K)."""
+    """The reference: softmax(q k^T scale + mask) v, with the probabilities (B, heads, Q, K).
+
+    `softcap` c turns the scores s into c tanh(s / c) before the mask is added.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_key_values(key, groups), repeat_key_values(value, groups)
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     additive = mask.additive(scores.dtype)
     if additive is not None:
         scores = scores + additive
@@ -65,15 +72,28 @@ def eager_attention(
 
 
 def sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    dropout: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's fused kernels; on a CPU, for rows they serve badly, our own matrix products (`cpu_attention`)."""
+    """PyTorch's fused kernels; on a CPU, for rows they serve badly, our own matrix products (`cpu_attention`).
+
+    Scores with a `softcap` have no fused kernel: they take the reference.
+    """
+    if softcap is not None:
+        return eager_attention(query, key, value, mask, scale=scale, dropout=dropout, softcap=softcap)[0], None
     groups = query.shape[1] // key.shape[1]
     if query.device.type == "cpu" and groups > 1:  # the CPU kernels have no grouped form
         key, value, groups = repeat_key_values(key, groups), repeat_key_values(value, groups), 1
     if fits_cpu_attention(query, key, mask, dropout):
         return cpu_attention(query, key, value, mask, scale).transpose(1, 2), None
-    allowed = mask.additive(query.dtype) if mask.bias is not None else mask.allowed
+    added = mask.bias is not None or mask.position_bias is not None
+    allowed = mask.additive(query.dtype) if added else mask.allowed
     mixed = functional.scaled_dot_product_attention(
         query,
         key,
@@ -102,12 +122,14 @@ class Capability:
     additive: bool  # a caller's own 4D additive mask
     local_window: bool
     grouped_heads: bool
+    position_bias: bool  # ALiBi, T5
+    softcap: bool
     speed: int  # the highest that fits is taken
 
 
 CAPABILITIES: dict[str, Capability] = {
-    "eager": Capability(None, True, True, True, True, True, True, True, speed=0),
-    "sdpa": Capability(None, False, True, True, True, True, True, True, speed=1),
+    "eager": Capability(None, True, True, True, True, True, True, True, True, True, speed=0),
+    "sdpa": Capability(None, False, True, True, True, True, True, True, True, True, speed=1),
 }
 
 
@@ -122,6 +144,8 @@ def pick_backend(config: LoomConfig, device: torch.device | str, *, need_weights
         "attention_dropout": ("dropout", config.attention_dropout > 0),
         "local_window": ("local_window", config.local_window is not None),
         "num_key_value_heads": ("grouped_heads", config.num_key_value_heads != config.num_attention_heads),
+        f"position_kind {config.position_kind}": ("position_bias", config.position_kind in ("alibi", "relative")),
+        "attention_softcap": ("softcap", config.attention_softcap is not None),
     }
     reasons: list[str] = []
     for name, can in sorted(CAPABILITIES.items(), key=lambda item: -item[1].speed):

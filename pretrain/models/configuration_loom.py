@@ -1,180 +1,103 @@
-"""Configurations of the Loom models: switches of the one Transformer block, presets of known designs, cost arithmetic.
+"""Configurations of the Loom models: switches of the one Transformer block.
 
-Lives here: `LoomConfig` and its encoder and decoder forms, `ARCHITECTURES`, `loom_config`, and the pure functions that
-count multiplied parameters and operations. No tensors and no torch: everything follows from the numbers in a config.
+Lives here: `LoomConfig` with its encoder, decoder and encoder-decoder forms, `loom_config`, and the checks of values.
+Presets are in `architectures.py`, cost arithmetic in `costs.py`. No tensors and no torch.
 """
 
 # mypy: disable-error-code="no-untyped-call, unreachable"
 # (transformers' base class is untyped; a field left out holds None until the architecture fills it)
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
+
+from .architectures import ARCHITECTURES, Architecture
 
 # A field that the user leaves at None takes the convention or size of `architecture` (see `ARCHITECTURES`).
 FROM_ARCHITECTURE: Any = None
 
 AttentionKind = Literal["global", "local"]
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu", "relu2")
 CHOICES: dict[str, tuple[str, ...]] = {
+    "block_kind": ("sequential", "parallel", "parallel_shared_norm"),
     "hidden_act": ACTIVATIONS,
+    "mixer": ("attention",),
     "mlp_kind": ("plain", "gated"),
-    "position_kind": ("learned", "rotary", "none"),
+    "position_kind": ("learned", "sinusoidal", "rotary", "alibi", "relative", "none"),
+    "sinusoidal_layout": ("halves", "interleaved"),
     "norm_kind": ("layer_norm", "rms_norm"),
     "norm_placement": ("pre", "post"),
-    "initializer": ("normal", "scaled_normal", "scaled_truncated_normal"),
-    "classifier_head": ("pooler", "transform"),
+    "qk_norm": ("none", "per_head", "full_width"),
+    "initializer": ("normal", "scaled_normal", "scaled_truncated_normal", "xavier_uniform", "t5"),
+    "classifier_head": ("pooler", "transform", "gelu"),
     "classifier_pooling": ("cls", "mean"),
 }
 SIZES = (
     "vocab_size",
     "hidden_size",
+    "embedding_size",
     "intermediate_size",
     "num_hidden_layers",
+    "num_hidden_groups",
+    "num_decoder_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
     "global_attention_every",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
 )
-DROPOUTS = ("hidden_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One known design: which model kind carries it, its conventions, the sizes of its published base model."""
-
-    kind: Literal["encoder", "decoder"]
-    conventions: dict[str, Any]
-    sizes: dict[str, Any]
-    intermediate: Callable[[int], int]  # hidden_size -> intermediate_size
-    token_ids: dict[str, int]  # ids of the project's own tokenizers for this design
-
-
-_PLAIN: dict[str, Any] = {
-    "attention_bias": True,
-    "embedding_norm": False,
-    "first_norm": True,
-    "global_attention_every": 1,
-    "mlp_bias": True,
-    "mlp_kind": "plain",
-    "norm_bias": True,
-    "norm_kind": "layer_norm",
-    "norm_placement": "pre",
-    "position_kind": "learned",
-    "tie_word_embeddings": True,
-    "type_vocab_size": 0,
+SHARES = ("hidden_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout", "label_smoothing")
+ABOVE_ZERO = (
+    "attention_scale",
+    "attention_softcap",
+    "embedding_scale",
+    "local_rope_theta",
+    "logit_softcap",
+    "norm_eps",
+    "output_scale",
+    "residual_scale",
+    "rope_theta",
+)
+ROPE_SCALING = {
+    "linear": {"factor"},
+    "ntk": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
 }
-_LEAN: dict[str, Any] = _PLAIN | {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "mlp_kind": "gated",
-    "norm_bias": False,
-    "position_kind": "rotary",
-}
+"""What each kind of rotary scaling must be given."""
+_YARN_MORE = {"attention_factor", "beta_fast", "beta_slow"}
 
-ARCHITECTURES: dict[str, Architecture] = {
-    # Devlin et al. 2018 (arXiv 1810.04805); sizes of bert-base-uncased.
-    "bert": Architecture(
-        kind="encoder",
-        conventions=_PLAIN
-        | {
-            "classifier_head": "pooler",
-            "embedding_norm": True,
-            "head_dense_bias": True,
-            "hidden_act": "gelu",
-            "initializer": "normal",
-            "norm_eps": 1e-12,
-            "norm_placement": "post",
-            "type_vocab_size": 2,
-        },
-        sizes={
-            "vocab_size": 30_522,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 512,
-        },
-        intermediate=lambda hidden_size: 4 * hidden_size,
-        token_ids={"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3},
-    ),
-    # Warner et al. 2024 (arXiv 2412.13663); sizes of ModernBERT-base. local_window 128 shows |i - j| <= 64.
-    "modernbert": Architecture(
-        kind="encoder",
-        conventions=_LEAN
-        | {
-            "classifier_head": "transform",
-            "embedding_norm": True,
-            "first_norm": False,
-            "global_attention_every": 3,
-            "head_dense_bias": False,
-            "hidden_act": "gelu",
-            "initializer": "scaled_truncated_normal",
-            "local_rope_theta": 10_000.0,
-            "local_window": 128,
-            "norm_eps": 1e-5,
-            "rope_theta": 160_000.0,
-        },
-        sizes={
-            "vocab_size": 50_368,
-            "hidden_size": 768,
-            "num_hidden_layers": 22,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 8192,
-        },
-        intermediate=lambda hidden_size: hidden_size * 3 // 2,
-        token_ids={"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
-    ),
-    # Radford et al. 2019; sizes of gpt2 (small).
-    "gpt2": Architecture(
-        kind="decoder",
-        conventions=_PLAIN | {"hidden_act": "gelu_new", "initializer": "scaled_normal", "norm_eps": 1e-5},
-        sizes={
-            "vocab_size": 50_257,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 1024,
-        },
-        intermediate=lambda hidden_size: 4 * hidden_size,
-        token_ids={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1},
-    ),
-    # Touvron et al. 2023 (arXiv 2302.13971), in a 350M-class shape: depth and width of GPT-3 Medium (24 x 1024, 16
-    # heads) with untied embeddings of 32,000 tokens, 369,148,928 parameters.
-    "llama": Architecture(
-        kind="decoder",
-        conventions=_LEAN
-        | {
-            "hidden_act": "silu",
-            "initializer": "normal",
-            "norm_eps": 1e-5,
-            "norm_kind": "rms_norm",
-            "rope_theta": 10_000.0,
-            "tie_word_embeddings": False,
-        },
-        sizes={
-            "vocab_size": 32_000,
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "max_position_embeddings": 2048,
-        },
-        intermediate=lambda hidden_size: -(-hidden_size * 8 // (3 * 64)) * 64,
-        token_ids={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
-    ),
-}
+# Switches that mean something only beside another one; `__post_init__` fills them when that one is on.
+_TIED_TO_ANOTHER_SWITCH = ("rope_theta", "local_rope_theta", "local_window", "sinusoidal_layout")
+
+# Roles that no model config holds. An encoder also has cls and sep, which a decoder leaves to its tokenizer.
+TOKENIZER_ONLY_IDS = ("unk_token_id", "mask_token_id", "cls_token_id", "sep_token_id")
 
 
 class LoomConfig(PreTrainedConfig):
-    """Switches that the encoder and the decoder share.
+    """Switches that all kinds of model share.
 
     Every field left out takes the value of `architecture` (conventions, and the sizes of its published base model).
-    `attention_scale` None means head_dim ** -0.5. Layers i with i % global_attention_every == 0 attend globally, the
-    others within `local_window`: encoders |i - j| <= local_window // 2, decoders 0 <= i - j < local_window.
+
+    Embeddings: `embedding_size` apart from hidden_size is projected up (ALBERT); what is looked up is multiplied by
+    `embedding_scale`. Positions count from `position_offset` (RoBERTa: 2) in a learned or sinusoidal table.
+    `partial_rotary_factor` is the share of each head that turns. `rope_scaling` holds `rope_type` (linear, ntk or
+    yarn), `factor`, and for yarn `original_max_position_embeddings`; it stretches the positions of global layers. ntk
+    is a larger base, and becomes one here.
+
+    Attention: `attention_scale` None means head_dim ** -0.5; `attention_softcap` c turns scores s into c tanh(s / c).
+    Layer i attends as `attention_pattern[i % len]` says ("global" or "local"); without a pattern, globally where
+    i % global_attention_every == 0. Local layers look within `local_window`: encoders |i - j| <= local_window // 2,
+    decoders 0 <= i - j < local_window. `qk_norm` norms queries and keys, each head or all heads together.
+
+    Layers: `num_hidden_groups` sets of weights serve all layers (ALBERT); each branch is multiplied by
+    `residual_scale`, what reaches the head by `output_scale`; `logit_softcap` as above. `block_kind` parallel adds
+    attention and MLP of the same input, with a norm each, or one for both.
+
     Raises ValueError for values that no model can be built from.
     """
 
@@ -193,20 +116,35 @@ class LoomConfig(PreTrainedConfig):
     architecture: str = "bert"
     vocab_size: int = FROM_ARCHITECTURE
     hidden_size: int = FROM_ARCHITECTURE
+    embedding_size: int = FROM_ARCHITECTURE
     intermediate_size: int = FROM_ARCHITECTURE
     num_hidden_layers: int = FROM_ARCHITECTURE
+    num_hidden_groups: int = FROM_ARCHITECTURE
     num_attention_heads: int = FROM_ARCHITECTURE
     num_key_value_heads: int = FROM_ARCHITECTURE
     head_dim: int = FROM_ARCHITECTURE
     max_position_embeddings: int = FROM_ARCHITECTURE
     type_vocab_size: int = FROM_ARCHITECTURE
+    embedding_scale: float = FROM_ARCHITECTURE
+    embedding_norm: bool = FROM_ARCHITECTURE
     position_kind: str = FROM_ARCHITECTURE
+    position_offset: int = FROM_ARCHITECTURE
+    sinusoidal_layout: str | None = None
     rope_theta: float | None = None
     local_rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    mixer: str = FROM_ARCHITECTURE
     local_window: int | None = None
     global_attention_every: int = FROM_ARCHITECTURE
+    attention_pattern: list[str] | None = None
     attention_bias: bool = FROM_ARCHITECTURE
     attention_scale: float | None = None
+    attention_softcap: float | None = None
+    qk_norm: str = FROM_ARCHITECTURE
+    block_kind: str = FROM_ARCHITECTURE
     mlp_kind: str = FROM_ARCHITECTURE
     mlp_bias: bool = FROM_ARCHITECTURE
     hidden_act: str = FROM_ARCHITECTURE
@@ -215,14 +153,19 @@ class LoomConfig(PreTrainedConfig):
     norm_eps: float = FROM_ARCHITECTURE
     norm_placement: str = FROM_ARCHITECTURE
     first_norm: bool = FROM_ARCHITECTURE
-    embedding_norm: bool = FROM_ARCHITECTURE
+    residual_scale: float = FROM_ARCHITECTURE
+    output_scale: float = FROM_ARCHITECTURE
+    logit_softcap: float | None = None
     tie_word_embeddings: bool = FROM_ARCHITECTURE
+    head_transform: bool = FROM_ARCHITECTURE
+    head_dense_bias: bool = FROM_ARCHITECTURE
+    head_bias: bool = FROM_ARCHITECTURE
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     embedding_dropout: float = 0.0
     classifier_dropout: float = 0.0
     initializer: str = FROM_ARCHITECTURE
-    initializer_range: float = 0.02
+    initializer_range: float = FROM_ARCHITECTURE
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -230,16 +173,25 @@ class LoomConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         design = _design(self.architecture, self.kind)
         for name, value in (design.conventions | design.sizes).items():
-            if name not in _TIED_TO_ANOTHER_SWITCH and getattr(self, name) is None:
+            if name not in (*_TIED_TO_ANOTHER_SWITCH, *design.derived) and getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.initializer_range is None:
+            self.initializer_range = 0.02
         _check_sizes(self)
-        if self.position_kind == "rotary" and self.rope_theta is None:
-            self.rope_theta = design.conventions.get("rope_theta", 10_000.0)
-        if self.global_attention_every != 1:
-            if self.local_window is None:
-                self.local_window = design.conventions.get("local_window")
-            if self.local_rope_theta is None and self.position_kind == "rotary":
-                self.local_rope_theta = design.conventions.get("local_rope_theta", self.rope_theta)
+        self._fill_sizes(design)
+        self._fill_positions(design)
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def _fill_sizes(self, design: Architecture) -> None:
+        """Sizes and scales that follow from others."""
+        for name, derive in design.derived.items():
+            if getattr(self, name) is None:
+                setattr(self, name, derive(self.hidden_size))
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        if self.num_hidden_groups is None:
+            self.num_hidden_groups = self.num_hidden_layers
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
@@ -251,46 +203,47 @@ class LoomConfig(PreTrainedConfig):
                     f"{self.num_attention_heads}: change one of them, or set head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        super().__post_init__(**kwargs)
-        self.validate_architecture()
+
+    def _fill_positions(self, design: Architecture) -> None:
+        """Switches that mean something only beside another one."""
+        if self.position_kind == "sinusoidal" and self.sinusoidal_layout is None:
+            self.sinusoidal_layout = "halves"
+        if self.position_kind == "rotary" and self.rope_theta is None:
+            self.rope_theta = design.conventions.get("rope_theta", 10_000.0)
+        scaling = self.rope_scaling
+        if isinstance(scaling, dict) and scaling.get("rope_type") == "ntk" and self.rope_theta is not None:
+            _check_rope_scaling(scaling)
+            width = int(self.head_dim * self.partial_rotary_factor)
+            self.rope_theta, self.rope_scaling = _ntk_theta(self.rope_theta, scaling["factor"], width), None
+        if "local" in self._pattern:
+            if self.local_window is None:
+                self.local_window = design.conventions.get("local_window")
+            if self.local_rope_theta is None and self.position_kind == "rotary":
+                self.local_rope_theta = design.conventions.get("local_rope_theta", self.rope_theta)
+
+    @property
+    def _pattern(self) -> list[str]:
+        """The attention of the first layers, repeated over all of them."""
+        if self.attention_pattern is not None:
+            return self.attention_pattern
+        return ["global"] + ["local"] * (self.global_attention_every - 1)
 
     @property
     def attention_kinds(self) -> list[AttentionKind]:
         """The attention of each layer, first to last: "global" or "local"."""
-        return [
-            "global" if layer % self.global_attention_every == 0 else "local" for layer in range(self.num_hidden_layers)
-        ]
+        return self.attention_kinds_of(self.num_hidden_layers)
+
+    def attention_kinds_of(self, num_layers: int) -> list[AttentionKind]:
+        """The attention of each of so many layers."""
+        pattern = self._pattern
+        return ["global" if pattern[layer % len(pattern)] == "global" else "local" for layer in range(num_layers)]
 
     def validate_architecture(self) -> None:
         """Refuse values and combinations that no model can be built from, with a ValueError that names the key."""
         _check_values(self)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}: query heads share key-value heads in equal groups"
-            )
-        if self.norm_kind == "rms_norm" and self.norm_bias:
-            raise ValueError("norm_bias true needs norm_kind layer_norm: RMS norm has no bias")
-        if self.norm_placement == "post" and not self.first_norm:
-            raise ValueError("first_norm false needs norm_placement pre: a post-norm block needs each of its norms")
-        if self.position_kind == "rotary" and self.head_dim % 2:
-            raise ValueError(f"position_kind rotary needs an even head_dim, this one is {self.head_dim}")
-        if self.position_kind != "rotary" and (self.rope_theta is not None or self.local_rope_theta is not None):
-            raise ValueError(f"rope_theta does nothing with position_kind {self.position_kind}: leave it out")
-        if self.global_attention_every != 1 and self.local_window is None:
-            raise ValueError("global_attention_every above 1 needs local_window: the width the other layers look at")
-        if self.global_attention_every == 1 and (self.local_window is not None or self.local_rope_theta is not None):
-            raise ValueError(
-                "local_window and local_rope_theta do nothing with global_attention_every 1 (every layer is global): "
-                "leave them out, or set global_attention_every to 2 or more"
-            )
-
-
-# Switches that mean something only beside another one; `__post_init__` fills them when that one is on.
-_TIED_TO_ANOTHER_SWITCH = ("rope_theta", "local_rope_theta", "local_window")
-
-# Roles that no model config holds. An encoder also has cls and sep, which a decoder leaves to its tokenizer.
-TOKENIZER_ONLY_IDS = ("unk_token_id", "mask_token_id", "cls_token_id", "sep_token_id")
+        _check_layers(self)
+        _check_positions(self)
+        _check_windows(self)
 
 
 class LoomEncoderConfig(LoomConfig):
@@ -300,7 +253,6 @@ class LoomEncoderConfig(LoomConfig):
     kind: ClassVar[str] = "encoder"
 
     architecture: str = "bert"
-    head_dense_bias: bool = FROM_ARCHITECTURE
     classifier_head: str = FROM_ARCHITECTURE
     classifier_pooling: str = "cls"
     cls_token_id: int | None = None
@@ -317,7 +269,44 @@ class LoomDecoderConfig(LoomConfig):
     use_cache: bool = True
 
 
-CONFIG_CLASSES: dict[str, type[LoomConfig]] = {"encoder": LoomEncoderConfig, "decoder": LoomDecoderConfig}
+class LoomSeq2SeqConfig(LoomConfig):
+    """An encoder and a decoder that looks at it; one vocabulary and one table of embeddings for both.
+
+    `num_hidden_layers` are the encoder's, `num_decoder_layers` the decoder's (None: as many). `label_smoothing` is the
+    share of each target that is spread evenly over the vocabulary while training (Vaswani et al. 2017, section 5.4).
+    """
+
+    model_type = "loom_seq2seq"
+    kind: ClassVar[str] = "seq2seq"
+
+    architecture: str = "transformer"
+    num_decoder_layers: int = FROM_ARCHITECTURE
+    label_smoothing: float = FROM_ARCHITECTURE
+    decoder_start_token_id: int | None = None
+    is_encoder_decoder: bool = True
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_hidden_layers or _design(self.architecture).sizes["num_hidden_layers"]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuse values and combinations that no model can be built from, with a ValueError that names the key."""
+        super().validate_architecture()
+        if self.num_hidden_groups != self.num_hidden_layers:
+            raise ValueError("num_hidden_groups is for an encoder or a decoder alone: leave it out")
+        if self.block_kind != "sequential":
+            raise ValueError(f"block_kind {self.block_kind} has no place for attention to an encoder: use sequential")
+        if not self.first_norm:
+            raise ValueError("first_norm false is for an encoder or a decoder alone: leave it out")
+
+
+CONFIG_CLASSES: dict[str, type[LoomConfig]] = {
+    "encoder": LoomEncoderConfig,
+    "decoder": LoomDecoderConfig,
+    "seq2seq": LoomSeq2SeqConfig,
+}
 
 
 def config_keys(architecture: str) -> list[str]:
@@ -345,34 +334,6 @@ def loom_config(architecture: str, **keys: Any) -> LoomConfig:
     return CONFIG_CLASSES[design.kind](architecture=architecture, **(token_ids | keys))
 
 
-def num_multiplied_parameters(config: LoomConfig, target_fraction: float = 1.0) -> float:
-    """Parameters that take part in a matrix product per token; looked-up embeddings, norms and biases do not count.
-
-    `target_fraction` is the share of positions that pass the language-model head: 1 for causal models, about the
-    masking rate for MLM, whose head sees target positions alone. The head counts whether it is tied or not.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    attention = 2 * hidden * heads + 2 * hidden * config.num_key_value_heads * config.head_dim
-    matrices = 3 if config.mlp_kind == "gated" else 2
-    block = attention + matrices * hidden * config.intermediate_size
-    head = hidden * config.vocab_size + (hidden * hidden if config.kind == "encoder" else 0)
-    return config.num_hidden_layers * block + target_fraction * head
-
-
-def flops_per_token(config: LoomConfig, sequence_length: int, target_fraction: float = 1.0) -> float:
-    """Floating-point operations per token of one training step, forward and backward, for a row of `sequence_length`.
-
-    6 x multiplied parameters + 12 x keys x width for each layer (PaLM, arXiv 2204.02311, appendix B): causal layers
-    count the whole square, local layers the keys in their window.
-    """
-    width = config.num_attention_heads * config.head_dim
-    keys = 0
-    for kind in config.attention_kinds:
-        window = config.local_window if kind == "local" else None
-        keys += sequence_length if window is None else min(sequence_length, window)
-    return 6 * num_multiplied_parameters(config, target_fraction) + 12 * keys * width
-
-
 def _design(architecture: str, kind: str | None = None) -> Architecture:
     design = ARCHITECTURES.get(architecture)
     if design is None:
@@ -390,7 +351,7 @@ def _nearest(word: str, known: list[str]) -> str:
 
 def _check_sizes(config: LoomConfig) -> None:
     for name in SIZES:
-        value = getattr(config, name)
+        value = getattr(config, name, None)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
@@ -402,16 +363,127 @@ def _check_values(config: LoomConfig) -> None:
         raise ValueError(f"local_window must be a whole number of at least 1, got {config.local_window!r}")
     if isinstance(config.type_vocab_size, bool) or config.type_vocab_size < 0:
         raise ValueError(f"type_vocab_size must be 0 (no token types) or more, got {config.type_vocab_size!r}")
-    for name in DROPOUTS:
-        value = getattr(config, name)
+    if isinstance(config.position_offset, bool) or config.position_offset < 0:
+        raise ValueError(f"position_offset must be 0 or more, got {config.position_offset!r}")
+    for name in SHARES:
+        value = getattr(config, name, 0.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+    for name in ABOVE_ZERO:
+        value = getattr(config, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise ValueError(f"{name} must be a number above 0, got {value!r}")
     for name, words in CHOICES.items():
         value = getattr(config, name, words[0])
-        if value not in words:
+        if value is not None and value not in words:
             raise ValueError(f"{name} {value!r} is unknown{_nearest(str(value), list(words))}")
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
-        given = getattr(config, name, None)
+    for name in ("pad", "bos", "eos", "cls", "sep", "decoder_start"):
+        given = getattr(config, f"{name}_token_id", None)
         for token in given if isinstance(given, list) else [given]:
             if token is not None and not 0 <= token < config.vocab_size:
-                raise ValueError(f"{name} {token} lies outside the vocabulary of {config.vocab_size} tokens")
+                raise ValueError(f"{name}_token_id {token} lies outside the vocabulary of {config.vocab_size} tokens")
+
+
+def _check_layers(config: LoomConfig) -> None:
+    """Heads, norms and blocks that go together."""
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
+            f"{config.num_key_value_heads}: query heads share key-value heads in equal groups"
+        )
+    if config.norm_kind == "rms_norm" and config.norm_bias:
+        raise ValueError("norm_bias true needs norm_kind layer_norm: RMS norm has no bias")
+    if config.norm_placement == "post" and not config.first_norm:
+        raise ValueError("first_norm false needs norm_placement pre: a post-norm block needs each of its norms")
+    if config.norm_placement == "post" and config.block_kind != "sequential":
+        raise ValueError(f"block_kind {config.block_kind} needs norm_placement pre: both branches read one input")
+    if config.block_kind == "parallel_shared_norm" and not config.first_norm:
+        raise ValueError("first_norm false does not fit block_kind parallel_shared_norm: its MLP reads that norm too")
+    if config.num_hidden_layers % config.num_hidden_groups:
+        raise ValueError(
+            f"num_hidden_layers {config.num_hidden_layers} is not a multiple of num_hidden_groups "
+            f"{config.num_hidden_groups}: each group of weights serves equally many layers"
+        )
+    if config.num_hidden_groups != config.num_hidden_layers and not config.first_norm:
+        raise ValueError("first_norm false does not fit num_hidden_groups: the first layer shares its norms")
+    if config.tie_word_embeddings and config.embedding_size != config.hidden_size and not config.head_transform:
+        raise ValueError(
+            f"embedding_size {config.embedding_size} apart from hidden_size {config.hidden_size} with tied embeddings "
+            "needs head_transform true, which brings hidden states to that size; or set tie_word_embeddings false"
+        )
+
+
+def _check_positions(config: LoomConfig) -> None:
+    """Positions and the keys that belong to one kind of them."""
+    turned = config.head_dim * config.partial_rotary_factor
+    if config.position_kind == "rotary" and (turned < 2 or turned % 2):
+        raise ValueError(
+            f"position_kind rotary turns an even number of channels, head_dim {config.head_dim} x "
+            f"partial_rotary_factor {config.partial_rotary_factor} is {turned:g}"
+        )
+    only_rotary = {
+        "rope_theta": config.rope_theta is not None,
+        "local_rope_theta": config.local_rope_theta is not None,
+        "rope_scaling": config.rope_scaling is not None,
+        "partial_rotary_factor": config.partial_rotary_factor != 1.0,
+    }
+    if config.position_kind != "rotary" and (given := [key for key, is_given in only_rotary.items() if is_given]):
+        raise ValueError(f"{given[0]} does nothing with position_kind {config.position_kind}: leave it out")
+    if not 0 < config.partial_rotary_factor <= 1:
+        raise ValueError(f"partial_rotary_factor must lie in (0, 1], got {config.partial_rotary_factor!r}")
+    if config.position_offset and config.position_kind not in ("learned", "sinusoidal"):
+        raise ValueError(f"position_offset does nothing with position_kind {config.position_kind}: leave it out")
+    if config.position_kind == "sinusoidal" and config.embedding_size % 2:
+        raise ValueError(f"position_kind sinusoidal needs an even embedding_size, this one is {config.embedding_size}")
+    if config.position_kind != "sinusoidal" and config.sinusoidal_layout is not None:
+        raise ValueError(f"sinusoidal_layout does nothing with position_kind {config.position_kind}: leave it out")
+    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    if config.position_kind == "relative" and (buckets % 4 or distance <= buckets // 2):
+        raise ValueError(
+            f"relative_attention_num_buckets must be a multiple of 4, got {buckets}, and "
+            f"relative_attention_max_distance more than half of it, got {distance}"
+        )
+    if config.rope_scaling is not None:
+        _check_rope_scaling(config.rope_scaling)
+
+
+def _ntk_theta(theta: float, factor: float, width: int) -> float:
+    """The base with which the slowest of `width` / 2 frequencies is `factor` times slower and the fastest unchanged."""
+    if width < 4:
+        raise ValueError(f"rope_scaling ntk needs at least 4 channels of a head that turn, these are {width}")
+    return float(theta * factor ** (width / (width - 2)))
+
+
+def _check_rope_scaling(scaling: dict[str, Any]) -> None:
+    if not isinstance(scaling, dict) or scaling.get("rope_type") not in ROPE_SCALING:
+        raise ValueError(f"rope_scaling needs a rope_type of {', '.join(ROPE_SCALING)}, got {scaling!r}")
+    kind = scaling["rope_type"]
+    needed = ROPE_SCALING[kind]
+    known = needed | (_YARN_MORE if kind == "yarn" else set())
+    given = set(scaling) - {"rope_type"}
+    if needed - given or given - known:
+        raise ValueError(f"rope_scaling {kind} takes {', '.join(sorted(known))}, got {', '.join(sorted(given))}")
+    for name in given:
+        value = scaling[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"rope_scaling: {name} must be a number above 0, got {value!r}")
+    if scaling["factor"] < 1:
+        raise ValueError(f"rope_scaling: factor {scaling['factor']} is below 1, which would shorten the context")
+
+
+def _check_windows(config: LoomConfig) -> None:
+    """Local layers and their keys."""
+    if config.attention_pattern is not None:
+        unknown = [kind for kind in config.attention_pattern if kind not in ("global", "local")]
+        if unknown or not config.attention_pattern:
+            raise ValueError(f"attention_pattern is a list of global and local, got {config.attention_pattern!r}")
+        if config.global_attention_every != 1:
+            raise ValueError("attention_pattern and global_attention_every say the same thing: leave one out")
+    key = "attention_pattern" if config.attention_pattern is not None else "global_attention_every"
+    if "local" in config._pattern and config.local_window is None:
+        raise ValueError(f"{key} {getattr(config, key)!r} needs local_window: the width that local layers look at")
+    if "local" not in config._pattern and (config.local_window is not None or config.local_rope_theta is not None):
+        raise ValueError(
+            f"local_window and local_rope_theta do nothing with {key} {getattr(config, key)!r} (every layer is "
+            "global): leave them out, or set global_attention_every to 2 or more"
+        )

@@ -31,7 +31,7 @@ def fits_cpu_attention(query: Tensor, key: Tensor, mask: AttentionMask, dropout:
     batch, heads, length, _ = query.shape
     if batch * heads * length * length > LARGEST_SQUARE or length < 16:
         return False
-    if mask.bias is not None and mask.bias.requires_grad:  # a learned bias needs a gradient that is not computed here
+    if mask.needs_grad:  # a learned bias needs a gradient that is not computed here
         return False
     return query.dtype in (torch.bfloat16, torch.float16) or (mask.causal and length >= SHORTEST_FLOAT32_ROW)
 

@@ -20,6 +20,8 @@ from .configuration_loom import LoomConfig
 
 EMBEDDING_SITE = 0
 """The site of the embeddings; the branches of the blocks follow (`branch_sites`)."""
+DECODER_SITES, CROSS_SITES = 1 << 16, 1 << 17
+"""Where the sites of an encoder-decoder's decoder begin, and those of its looks at the encoder."""
 
 _WORD = 2**32 - 1
 _SIGN = 2**31

@@ -29,8 +29,13 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     chunk_rows: int | None = None,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Sum over rows of -log softmax(hidden @ weight^T + bias)[target], as a float32 scalar (float64 for float64).
+
+    With `softcap` c the logits z become c tanh(z / c). With `label_smoothing` e the loss of a row is (1 - e) times that
+    plus e times the mean of -log softmax over the vocabulary, as in `torch.nn.functional.cross_entropy`.
 
     hidden_states (..., hidden), weight (vocabulary, hidden), bias (vocabulary) or None, targets (...) of token ids;
     rows whose target is `ignore_index` count nothing. Products run in the autocast dtype where autocast is on, the
@@ -41,14 +46,23 @@ def linear_cross_entropy(
     if rows.shape[0] != flat.shape[0]:
         raise ValueError(f"hidden states hold {rows.shape[0]} rows, targets {flat.shape[0]}")
     chunk = chunk_rows or max(64, CHUNK_ELEMENTS // weight.shape[0])
-    loss: Tensor = _run(rows, weight, bias, flat, ignore_index, chunk)
+    loss: Tensor = _run(rows, weight, bias, flat, ignore_index, chunk, softcap, label_smoothing)
     return loss
 
 
-def token_cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def softcap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(logits / c); None leaves them as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def token_cross_entropy_sum(
+    logits: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX, label_smoothing: float = 0.0
+) -> Tensor:
     """The same sum from logits that are wanted anyway: (..., vocabulary) and (...) -> float32 scalar."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, logits.shape[-1])
-    return functional.cross_entropy(wide, targets.reshape(-1), ignore_index=ignore_index, reduction="sum")
+    return functional.cross_entropy(
+        wide, targets.reshape(-1), ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
 
 
 def mean_over_targets(
@@ -73,9 +87,18 @@ def shift_targets(labels: Tensor, document_ids: Tensor | None = None, ignore_ind
 
 @torch.compiler.disable
 def _run(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, chunk_rows: int
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    chunk_rows: int,
+    softcap: float | None,
+    label_smoothing: float,
 ) -> Tensor:
-    loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, targets, ignore_index, chunk_rows)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        rows, weight, bias, targets, ignore_index, chunk_rows, softcap, label_smoothing
+    )
     return loss
 
 
@@ -89,6 +112,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         ignore_index: int,
         chunk_rows: int,
+        softcap: float | None,
+        label_smoothing: float,
     ) -> Tensor:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -106,8 +131,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = hidden[start : start + chunk_rows].to(dtype)
                 target = targets[start : start + chunk_rows]
                 logits = functional.linear(part, matrix, offset)
-                loss += _loss_and_slope_(logits, target, ignore_index)
-                slope = logits
+                if softcap is not None:
+                    logits = softcap_logits(logits, softcap)
+                    steepness = (logits / softcap).square_().neg_().add_(1.0)  # of the cap, at these logits
+                loss += _loss_and_slope_(logits, target, ignore_index, label_smoothing)
+                slope = logits if softcap is None else logits.mul_(steepness)
                 if grad_hidden is not None:
                     torch.mm(slope, matrix, out=grad_hidden[start : start + chunk_rows])
                 if grad_weight is not None:
@@ -125,10 +153,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else grad.mul(grad_loss).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
-def _loss_and_slope_(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+def _loss_and_slope_(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float = 0.0) -> Tensor:
     """Summed loss of one chunk; its derivative by the logits (softmax minus one-hot) takes the logits' place.
 
     On a CPU a few rows at a time, so that the float32 copies stay in the processor's cache (nine times as fast as
@@ -139,14 +167,18 @@ def _loss_and_slope_(logits: Tensor, targets: Tensor, ignore_index: int) -> Tens
     wide = torch.promote_types(logits.dtype, torch.float32)
     counted = targets != ignore_index
     index = targets.clamp(min=0)[:, None]
-    minus_one = torch.full((), -1.0, dtype=wide, device=logits.device)
+    minus_one = torch.full((), label_smoothing - 1.0, dtype=wide, device=logits.device)
     loss = torch.zeros((), dtype=wide, device=logits.device)
     for start in range(0, rows, max(block, 1)):
         place = slice(start, start + block)
         scores = logits[place].to(wide)
         probabilities = torch.softmax(scores, dim=-1)
         log_sum = scores.amax(-1) - probabilities.amax(-1).log()
-        loss += ((log_sum - scores.gather(1, index[place])[:, 0]) * counted[place]).sum()
+        score = scores.gather(1, index[place])[:, 0]
+        if label_smoothing > 0.0:
+            score = (1.0 - label_smoothing) * score + label_smoothing * scores.mean(-1)
+            probabilities.sub_(label_smoothing / vocabulary)
+        loss += ((log_sum - score) * counted[place]).sum()
         probabilities.scatter_add_(1, index[place], minus_one.expand_as(index[place]))
         logits[place] = probabilities.mul_(counted[place, None])
     return loss

@@ -1,9 +1,10 @@
-"""Which position may look at which: attention masks, built once per forward and layer kind; positions of packed rows.
+"""Which position may look at which: attention masks, built once per forward and layer kind.
 
 Nothing here computes attention. Padding positions look at themselves alone, so no row of scores is ever empty (an
 empty row is where softmax gives NaN), and documents of one row are closed to each other.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -19,11 +20,13 @@ class AttentionMask:
     allowed: (B or 1, heads or 1, Q, K) bool, True = may look; None = everything (below the diagonal if `causal`).
     bias: the same shape, floating point, added to the scores (a caller's own additive mask); excludes `allowed`.
     causal: nothing above the diagonal is allowed, and queries and keys are the same positions (Q = K).
+    position_bias: (1, heads, Q, K) added to the scores: what a distance is worth. It may need a gradient.
     """
 
     allowed: Tensor | None = None
     bias: Tensor | None = None
     causal: bool = False
+    position_bias: Tensor | None = None
     _additive: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     def additive(self, dtype: torch.dtype) -> Tensor | None:
@@ -31,17 +34,39 @@ class AttentionMask:
 
         The lowest finite number, not minus infinity: a row without any allowed key then gives numbers, not NaN.
         """
-        if self.allowed is None and self.bias is None:
-            return None
         if dtype not in self._additive:
-            lowest = torch.finfo(dtype).min
-            if self.bias is not None:
-                self._additive[dtype] = self.bias.clamp(min=lowest).to(dtype).clamp(min=lowest)
-            else:
-                assert self.allowed is not None
-                zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
-                self._additive[dtype] = zeros.masked_fill_(~self.allowed, lowest)
+            made = self._shut(dtype)
+            if self.position_bias is not None:
+                # Sums keep no tensor for the backward pass, so that recomputed layers may find the mask made already.
+                bias = self.position_bias.to(dtype)
+                made = bias if made is None else made + bias
+            if made is None:
+                return None
+            self._additive[dtype] = made
         return self._additive[dtype]
+
+    def _shut(self, dtype: torch.dtype) -> Tensor | None:
+        """What closes positions, as a summand; half of the lowest number where a position bias comes on top."""
+        lowest = torch.finfo(dtype).min / (1 if self.position_bias is None else 2)
+        if self.bias is not None:
+            return self.bias.clamp(min=lowest).to(dtype).clamp(min=lowest)
+        if self.allowed is None:
+            return None
+        zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+        return zeros.masked_fill_(~self.allowed, lowest)
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a gradient flows into what is added to the scores."""
+        return any(bias is not None and bias.requires_grad for bias in (self.bias, self.position_bias))
+
+    def with_position_bias(self, bias: Tensor) -> "AttentionMask":
+        """This mask and a (1, heads, Q, K) summand of the scores; the causal rule is written out beside it."""
+        allowed = self.allowed
+        if self.causal and allowed is None and self.bias is None:
+            rows, columns = bias.shape[-2:]
+            allowed = torch.ones(rows, columns, dtype=torch.bool, device=bias.device).tril()[None, None]
+        return AttentionMask(allowed, self.bias, self.causal, bias)
 
 
 def build_masks(
@@ -54,23 +79,24 @@ def build_masks(
     device: torch.device,
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
+    kinds: Collection[str] | None = None,
 ) -> dict[str, AttentionMask]:
-    """One mask for each kind of layer that the config has ("global", "local").
+    """One mask for each of `kinds` of layer; None: all that the config has ("global", "local").
 
     attention_mask: (B, keys so far) with 1 = token, 0 = padding; or (B or 1, heads or 1, Q, K), bool (True = may look)
     or added to the scores, which replaces the causal and padding rules and leaves the local window in force.
     document_ids: (B, L), 0 = padding, 1.. = piece of the row. Raises ValueError for shapes that do not fit.
     """
-    kinds = sorted(set(config.attention_kinds))
+    kinds = sorted(set(config.attention_kinds if kinds is None else kinds))
     if attention_mask is not None and attention_mask.dim() == 4:
         base = _given_mask(attention_mask, document_ids, length, key_length)
-        indices = _indices(length, past_length, key_length, device)
-        return {kind: _with_window(base, config, kind, causal, *indices) for kind in kinds}
+        places = indices(length, past_length, key_length, device)
+        return {kind: _with_window(base, config, kind, causal, *places) for kind in kinds}
     same_positions = isinstance(past_length, int) and past_length == 0 and key_length == length
     if document_ids is not None and not same_positions:
         raise ValueError("document_ids describe whole rows and cannot be used with a filled key-value cache")
     allowed = _open_keys(attention_mask, document_ids, length, past_length, key_length, device)
-    queries, keys = _indices(length, past_length, key_length, device)
+    queries, keys = indices(length, past_length, key_length, device)
     if causal and allowed is not None:
         allowed = allowed & (keys <= queries)
     elif causal and not same_positions and not _sees_all(length, past_length, key_length):
@@ -79,16 +105,7 @@ def build_masks(
     return {kind: _with_window(base, config, kind, causal, queries, keys) for kind in kinds}
 
 
-def document_positions(document_ids: Tensor) -> Tensor:
-    """Positions that restart with each piece: (B, L) document ids, 0 = padding -> (B, L) int64, padding 0."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    first = torch.where(starts, index, 0).cummax(dim=1).values
-    return (index - first).masked_fill(document_ids == 0, 0)
-
-
-def _indices(length: int, past_length: int | Tensor, key_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def indices(length: int, past_length: int | Tensor, key_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions in the row of the queries (Q, 1) and of the keys (1, K)."""
     queries = torch.arange(length, device=device) + past_length
     return queries[:, None], torch.arange(key_length, device=device)[None, :]
@@ -97,6 +114,34 @@ def _indices(length: int, past_length: int | Tensor, key_length: int, device: to
 def _sees_all(length: int, past_length: int | Tensor, key_length: int) -> bool:
     """One new token after a cache that holds no free slots: it may look at every key."""
     return length == 1 and isinstance(past_length, int) and key_length == past_length + 1
+
+
+def cross_mask(
+    memory_mask: Tensor | None, memory_document_ids: Tensor | None, document_ids: Tensor | None, keys: int
+) -> AttentionMask:
+    """What the positions of a decoder may look at in an encoder's output.
+
+    memory_mask (B, S): 1 = token, 0 = padding of the input; memory_document_ids (B, S) and document_ids (B, T): each
+    piece of the output looks at the piece of the same number. A position that may look at nothing (padding) looks at
+    everything, so that its numbers are finite; nothing is learned from it. Raises ValueError for shapes that do not
+    fit.
+    """
+    if (memory_document_ids is None) != (document_ids is None):
+        raise ValueError("give document_ids and decoder_document_ids, or neither: they say which belong together")
+    allowed = None
+    if memory_mask is not None:
+        if memory_mask.dim() != 2 or memory_mask.shape[1] != keys:
+            shape = tuple(memory_mask.shape)
+            raise ValueError(f"the input's attention_mask has shape {shape}, expected (rows, {keys})")
+        if not _all_true(memory_mask == 1):
+            allowed = memory_mask.to(torch.bool)[:, None, None, :]
+    if memory_document_ids is not None and document_ids is not None:
+        same = (document_ids[:, :, None] == memory_document_ids[:, None, :])[:, None]  # (B, 1, T, S)
+        same = same & (memory_document_ids != 0)[:, None, None, :]
+        allowed = same if allowed is None else allowed & same
+    if allowed is None:
+        return AttentionMask()
+    return AttentionMask(allowed=allowed | ~allowed.any(dim=-1, keepdim=True))
 
 
 def _open_keys(
@@ -124,7 +169,7 @@ def _open_keys(
         allowed = same if allowed is None else allowed & same
     if allowed is None:
         return None
-    queries, keys = _indices(length, past_length, key_length, device)
+    queries, keys = indices(length, past_length, key_length, device)
     return allowed | (queries == keys)
 
 

@@ -1,29 +1,32 @@
-"""What the Loom encoder and decoder share: initialisation, embeddings, the stack of blocks, the classification loss.
+"""What all Loom models share: loading, embeddings, the stack of blocks, the classification loss.
 
-Heads live in `modeling_loom_encoder.py` and `modeling_loom_decoder.py`; the block in `layers.py`.
+Heads live in `modeling_loom_encoder.py`, `modeling_loom_decoder.py` and `modeling_loom_seq2seq.py`; the block in
+`layers.py`.
 """
 
 # mypy: disable-error-code="misc, no-untyped-call, untyped-decorator, assignment, index"
 # (transformers' base classes and decorators, and the attributes of nn.Module, are untyped)
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.output_capturing import capture_outputs
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import CAPABILITIES, RotaryTables, rotary_tables
+from .attention import CAPABILITIES
 from .configuration_loom import LoomConfig
-from .dropout import EMBEDDING_SITE, dropout
-from .layers import LoomAttention, LoomLayer, LoomPredictionHead, LoomRMSNorm, make_norm
-from .losses import mean_over_targets
-from .masks import build_masks, document_positions
+from .dropout import DECODER_SITES, EMBEDDING_SITE, dropout
+from .initial_weights import initialize
+from .layers import LoomLayer, LoomPredictionHead, LoomTokenHead, token_loss_sum
+from .losses import mean_over_targets, softcap_logits
+from .masks import cross_mask
+from .mixers import MIXERS, Geometry, LoomCrossAttention, make_mixer_inputs
+from .norms import make_norm
+from .positions import document_positions, sinusoids
 
 
 class LoomPreTrainedModel(PreTrainedModel):
@@ -35,7 +38,11 @@ class LoomPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["LoomLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
-    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": LoomLayer, "attentions": LoomAttention}
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": LoomLayer,
+        "attentions": [OutputRecorder(mixer.layer, index=1) for mixer in MIXERS.values()],
+        "cross_attentions": OutputRecorder(LoomCrossAttention, index=1),
+    }
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -52,73 +59,68 @@ class LoomPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module by `config.initializer`.
+        """Draw the weights of one module, by `config.initializer`."""
+        initialize(module, self.config)
 
-        normal: every matrix from N(0, initializer_range). scaled_normal (GPT-2): o_proj and down_proj, which write
-        into the residual stream, divided by sqrt(2 layers). scaled_truncated_normal (Megatron's scheme as ModernBERT
-        uses it): the same, cut at two standard deviations; the head's transform and an untied token head take the
-        divided width, the classifier hidden_size ** -0.5. Biases 0, norms 1.
-        """
-        if isinstance(module, nn.LayerNorm | LoomRMSNorm):
-            init.ones_(module.weight)
-            if isinstance(module, nn.LayerNorm) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            self._draw(module.weight, self.config.initializer_range)
-        elif isinstance(module, nn.Linear):
-            self._draw(module.weight, self._width(module))
-            if module.bias is not None:
-                init.zeros_(module.bias)
 
-    def _width(self, module: nn.Linear) -> float:
-        """The standard deviation of one matrix, by the role it was registered under (`_mark_roles`)."""
-        width = self.config.initializer_range
-        role = getattr(module, "loom_role", None)
-        if self.config.initializer == "normal" or role is None:
-            return width
-        divided = width / math.sqrt(2 * self.config.num_hidden_layers)
-        if role == "residual":
-            return divided
-        if self.config.initializer == "scaled_truncated_normal":
-            return divided if role == "head" else self.config.hidden_size**-0.5
-        return width
+class LoomLanguageModel(LoomPreTrainedModel):
+    """What every class with a token head shares: the transform before it, scales, caps, logits and losses."""
 
-    def _draw(self, weight: Tensor, width: float) -> None:
-        if self.config.initializer == "scaled_truncated_normal":
-            init.trunc_normal_(weight, mean=0.0, std=width, a=-2 * width, b=2 * width)
-        else:
-            init.normal_(weight, mean=0.0, std=width)
+    lm_head: nn.Linear
 
-    def _mark_roles(self) -> None:
-        """Tell matrices with an initialisation of their own what they are; called before `post_init`."""
-        for module in self.modules():
-            if isinstance(module, LoomLayer):
-                module.self_attn.o_proj.loom_role = "residual"
-                module.mlp.down_proj.loom_role = "residual"
-            elif isinstance(module, LoomPredictionHead):
-                module.dense.loom_role = "head"
-        for name, role in (("lm_head", "head"), ("classifier", "classifier"), ("score", "classifier")):
-            if isinstance(getattr(self, name, None), nn.Linear):
-                getattr(self, name).loom_role = role
+    def make_head(self) -> None:
+        """Add `head`, where the config asks for a transform, and `lm_head`."""
+        config, width = self.config, self.config.hidden_size
+        if config.head_transform:
+            width = config.embedding_size
+            self.head = LoomPredictionHead(config, width)
+        self.lm_head = LoomTokenHead(width, config.vocab_size, bias=config.head_bias)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden) -> (..., vocabulary)."""
+        return softcap_logits(self.lm_head(self._before_head(hidden_states)), self.config.logit_softcap)
+
+    def loss_sum(self, hidden_states: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Summed cross-entropy at targets (...) of hidden states (..., hidden), without keeping logits."""
+        states = self._before_head(hidden_states)
+        return token_loss_sum(self.lm_head, states, targets, self.config.logit_softcap, label_smoothing)
+
+    def _before_head(self, hidden_states: Tensor) -> Tensor:
+        if self.config.output_scale != 1.0:
+            hidden_states = hidden_states * self.config.output_scale
+        return self.head(hidden_states) if self.config.head_transform else hidden_states
 
 
 class LoomModel(LoomPreTrainedModel):
-    """Embeddings and blocks, without a head. Encoder and decoder differ in masks and cache alone."""
+    """Embeddings and blocks, without a head: an encoder, a decoder, or one of the two parts of an encoder-decoder."""
 
-    def __init__(self, config: LoomConfig) -> None:
+    def __init__(self, config: LoomConfig, part: str | None = None) -> None:
+        """`part` is encoder or decoder, for a config that has both; its decoder has no table of embeddings."""
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.is_decoder = (part or config.kind) == "decoder"
+        self.is_part = config.kind == "seq2seq"
+        num_layers = int(config.num_decoder_layers if self.is_part and self.is_decoder else config.num_hidden_layers)
+        width = config.embedding_size
+        if not (self.is_part and self.is_decoder):
+            self.embed_tokens = nn.Embedding(config.vocab_size, width)
         if config.position_kind == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings + config.position_offset, width)
         if config.type_vocab_size:
-            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, width)
         if config.embedding_norm:
-            self.embed_norm = make_norm(config)
-        self.layers = nn.ModuleList([LoomLayer(config, index) for index in range(config.num_hidden_layers)])
+            self.embed_norm = make_norm(config, width)
+        if width != config.hidden_size:
+            self.embed_project = nn.Linear(width, config.hidden_size)
+        self.attention_kinds = config.attention_kinds_of(num_layers)
+        self.mixer_inputs = make_mixer_inputs(config, self.attention_kinds, causal=self.is_decoder)
+        groups = num_layers if self.is_part else config.num_hidden_groups
+        crossing = self.is_part and self.is_decoder
+        self.layers = nn.ModuleList(
+            [LoomLayer(config, index, causal=self.is_decoder, cross_attention=crossing) for index in range(groups)]
+        )
         if config.norm_placement == "pre":
             self.norm = make_norm(config)
         self.gradient_checkpointing = False
-        self._mark_roles()
         self.post_init()
 
     @capture_outputs
@@ -133,58 +135,69 @@ class LoomModel(LoomPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         dropout_keys: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_document_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """(B, L) token ids, or (B, L, hidden) embeddings -> last hidden state (B, L, hidden).
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """(B, L) token ids, or (B, L, embedding) embeddings -> last hidden state (B, L, hidden).
 
         attention_mask: None, (B, keys) with 1 = token, or 4D (bool, True = may look; or added to the scores).
         document_ids (B, L): 0 = padding, 1.. = piece of the row; pieces do not see each other. position_ids default to
         places in the row, or in the piece when document_ids are given. dropout_keys (B,) int64: while training, the
         masks of hidden and embedding dropout are a function of each row's key; None draws them from torch's generator.
+        The decoder of an encoder-decoder also takes encoder_hidden_states (B, S, hidden), with their attention_mask
+        and document_ids (B, S).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeddings = self.look_up(input_ids) if inputs_embeds is None else inputs_embeds
         length, device = embeddings.shape[1], embeddings.device
         past_key_values = self._cache(past_key_values, use_cache)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         key_length = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
-        masks = build_masks(
-            self.config,
-            causal=self.config.kind == "decoder",
-            length=length,
-            past_length=past_length,
-            key_length=key_length,
-            device=device,
-            attention_mask=attention_mask,
-            document_ids=document_ids,
-        )
         position_ids = self._positions(position_ids, document_ids, length, past_length, device)
+        inputs = self.mixer_inputs(
+            Geometry(position_ids, length, past_length, key_length, attention_mask, document_ids)
+        )
+        memory_mask = None
+        if encoder_hidden_states is not None:
+            memory_mask = cross_mask(
+                encoder_attention_mask, encoder_document_ids, document_ids, encoder_hidden_states.shape[1]
+            )
         hidden_states = self._embed(embeddings, position_ids, token_type_ids, dropout_keys)
-        rotary = self._rotary(position_ids)
         need_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        for layer in self.layers:
-            kind = str(layer.attention_kind)
+        for place, kind in enumerate(self.attention_kinds):
+            layer = self.layers[place * len(self.layers) // len(self.attention_kinds)]
             hidden_states = layer(
                 hidden_states,
-                mask=masks[kind],
-                rotary=rotary.get(kind),
+                mixer_input=inputs[kind],
                 past_key_values=past_key_values,
                 need_weights=need_weights,
                 dropout_keys=dropout_keys,
+                layer_idx=place,
+                memory=encoder_hidden_states,
+                memory_mask=memory_mask,
             )
         if self.config.norm_placement == "pre":
             hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+    def look_up(self, input_ids: Tensor | None) -> Tensor:
+        """(B, L) token ids -> (B, L, embedding), scaled as the config asks for."""
+        embeddings: Tensor = self.embed_tokens(input_ids)
+        return embeddings if self.config.embedding_scale == 1.0 else embeddings * self.config.embedding_scale
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to fill. Training keeps none unless asked; gradient checkpointing cannot keep one."""
-        if self.config.kind != "decoder" or (self.gradient_checkpointing and self.training):
+        if not self.is_decoder or (self.gradient_checkpointing and self.training):
             return None
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", False) and not self.training
         if past_key_values is None and use_cache:
-            return DynamicCache()
+            return EncoderDecoderCache(DynamicCache(), DynamicCache()) if self.is_part else DynamicCache()
         return past_key_values
 
     def _positions(
@@ -210,28 +223,24 @@ class LoomModel(LoomPreTrainedModel):
     def _embed(
         self, embeddings: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, dropout_keys: Tensor | None
     ) -> Tensor:
-        if self.config.type_vocab_size:
+        """(B, L, embedding) -> (B, L, hidden): token types, positions, norm, dropout, projection."""
+        config = self.config
+        if config.type_vocab_size:
             if token_type_ids is None:
                 embeddings = embeddings + self.embed_token_types.weight[0]
             else:
                 embeddings = embeddings + self.embed_token_types(token_type_ids)
-        if self.config.position_kind == "learned":
-            embeddings = embeddings + self.embed_positions(position_ids)
-        if self.config.embedding_norm:
+        if config.position_kind == "learned":
+            embeddings = embeddings + self.embed_positions(position_ids + config.position_offset)
+        elif config.position_kind == "sinusoidal":
+            places, layout = position_ids + config.position_offset, str(config.sinusoidal_layout)
+            embeddings = embeddings + sinusoids(places, embeddings.shape[-1], layout).to(embeddings.dtype)
+        if config.embedding_norm:
             embeddings = self.embed_norm(embeddings)
-        if self.training and self.config.embedding_dropout > 0.0:
-            embeddings = dropout(embeddings, self.config.embedding_dropout, dropout_keys, EMBEDDING_SITE)
-        return embeddings
-
-    def _rotary(self, position_ids: Tensor) -> dict[str, RotaryTables]:
-        """Rotary tables of each kind of layer, made once per forward."""
-        if self.config.position_kind != "rotary":
-            return {}
-        thetas = {"global": self.config.rope_theta, "local": self.config.local_rope_theta}
-        return {
-            kind: rotary_tables(position_ids, self.config.head_dim, float(thetas[kind] or 0.0))
-            for kind in sorted(set(self.config.attention_kinds))
-        }
+        if self.training and config.embedding_dropout > 0.0:
+            site = EMBEDDING_SITE + (DECODER_SITES if self.is_part and self.is_decoder else 0)
+            embeddings = dropout(embeddings, config.embedding_dropout, dropout_keys, site)
+        return self.embed_project(embeddings) if hasattr(self, "embed_project") else embeddings
 
 
 def classification_loss(

@@ -1,6 +1,6 @@
 """The Loom decoder and its heads: causal language modelling with generation, and sequence classification."""
 
-# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator, attr-defined"
+# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator, attr-defined, assignment"
 # (transformers' base classes and decorators are untyped)
 
 from typing import Any, ClassVar
@@ -15,9 +15,8 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .configuration_loom import LoomDecoderConfig
-from .layers import LoomTokenHead, token_loss_sum
 from .losses import mean_over_targets, shift_targets, token_cross_entropy_sum
-from .modeling_loom import LoomModel, LoomPreTrainedModel, classification_loss
+from .modeling_loom import LoomLanguageModel, LoomModel, LoomPreTrainedModel, classification_loss
 
 
 class LoomDecoderModel(LoomModel):
@@ -26,7 +25,7 @@ class LoomDecoderModel(LoomModel):
     config: LoomDecoderConfig
 
 
-class LoomDecoderForCausalLM(LoomPreTrainedModel, GenerationMixin):
+class LoomDecoderForCausalLM(LoomLanguageModel, GenerationMixin):
     """Predicts the next token; generates through `GenerationMixin`."""
 
     config: LoomDecoderConfig
@@ -37,8 +36,7 @@ class LoomDecoderForCausalLM(LoomPreTrainedModel, GenerationMixin):
     def __init__(self, config: LoomDecoderConfig) -> None:
         super().__init__(config)
         self.model = LoomDecoderModel(config)
-        self.lm_head = LoomTokenHead(config.hidden_size, config.vocab_size, bias=False)
-        self._mark_roles()
+        self.make_head()
         self.post_init()
 
     @can_return_tuple
@@ -85,10 +83,10 @@ class LoomDecoderForCausalLM(LoomPreTrainedModel, GenerationMixin):
             return_logits = not (self.training and shift_labels is not None)
         loss, logits = None, None
         if return_logits or shift_labels is None:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = self.logits(slice_logits_to_keep(hidden_states, logits_to_keep))
         if shift_labels is not None:
             if logits is None:
-                total = token_loss_sum(self.lm_head, hidden_states, shift_labels)
+                total = self.loss_sum(hidden_states, shift_labels)
             elif logits.shape[:-1] != shift_labels.shape:
                 raise ValueError("a loss needs the logits of every position: leave logits_to_keep at 0")
             else:
@@ -113,7 +111,7 @@ class LoomDecoderForSequenceClassification(LoomPreTrainedModel):
         self.num_labels = int(config.num_labels or 2)
         self.model = LoomDecoderModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self._mark_roles()
+        self.score.loom_role = "classifier"
         self.post_init()
 
     @can_return_tuple

@@ -1,6 +1,6 @@
 """The Loom encoder and its heads: masked language modelling and sequence classification."""
 
-# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator, attr-defined"
+# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator, attr-defined, assignment"
 # (transformers' base classes and decorators are untyped)
 
 from typing import Any, ClassVar
@@ -12,9 +12,9 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.utils import can_return_tuple
 
 from .configuration_loom import LoomEncoderConfig
-from .layers import LoomPredictionHead, LoomTokenHead, token_loss_sum
+from .layers import LoomPredictionHead
 from .losses import IGNORE_INDEX, mean_over_targets, token_cross_entropy_sum
-from .modeling_loom import LoomModel, LoomPreTrainedModel, classification_loss
+from .modeling_loom import LoomLanguageModel, LoomModel, LoomPreTrainedModel, classification_loss
 
 
 class LoomEncoderModel(LoomModel):
@@ -23,7 +23,7 @@ class LoomEncoderModel(LoomModel):
     config: LoomEncoderConfig
 
 
-class LoomEncoderForMaskedLM(LoomPreTrainedModel):
+class LoomEncoderForMaskedLM(LoomLanguageModel):
     """Predicts the tokens at positions that have a label."""
 
     config: LoomEncoderConfig
@@ -34,9 +34,7 @@ class LoomEncoderForMaskedLM(LoomPreTrainedModel):
     def __init__(self, config: LoomEncoderConfig) -> None:
         super().__init__(config)
         self.model = LoomEncoderModel(config)
-        self.head = LoomPredictionHead(config)
-        self.lm_head = LoomTokenHead(config.hidden_size, config.vocab_size, bias=True)
-        self._mark_roles()
+        self.make_head()
         self.post_init()
 
     @can_return_tuple
@@ -75,12 +73,12 @@ class LoomEncoderForMaskedLM(LoomPreTrainedModel):
             return_logits = not (self.training and labels is not None)
         loss, logits = None, None
         if return_logits or labels is None:
-            logits = self.lm_head(self.head(hidden_states))
+            logits = self.logits(hidden_states)
         if labels is not None:
             if logits is None:
                 chosen = (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)  # (targets,)
                 rows = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, chosen)
-                total = token_loss_sum(self.lm_head, self.head(rows), labels.reshape(-1).index_select(0, chosen))
+                total = self.loss_sum(rows, labels.reshape(-1).index_select(0, chosen))
             else:
                 total = token_cross_entropy_sum(logits, labels)
             loss = mean_over_targets(total, labels, num_items_in_batch)
@@ -103,7 +101,7 @@ class LoomEncoderForSequenceClassification(LoomPreTrainedModel):
         else:
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self._mark_roles()
+        self.classifier.loom_role = "classifier"
         self.post_init()
 
     @can_return_tuple
@@ -130,7 +128,11 @@ class LoomEncoderForSequenceClassification(LoomPreTrainedModel):
             **kwargs,
         )
         pooled = self._pool(outputs.last_hidden_state, attention_mask)
-        pooled = self.head(pooled) if hasattr(self, "head") else torch.tanh(self.pooler["dense"](pooled))
+        if self.config.classifier_head == "transform":
+            pooled = self.head(pooled)
+        else:
+            squash = torch.tanh if self.config.classifier_head == "pooler" else functional.gelu
+            pooled = squash(self.pooler["dense"](pooled))
         if self.training and self.config.classifier_dropout > 0.0:
             pooled = functional.dropout(pooled, p=self.config.classifier_dropout)
         logits = self.classifier(pooled)

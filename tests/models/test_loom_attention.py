@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from loom_builders import ARCHITECTURE_NAMES, DECODERS, documents, relative, tiny_config, tiny_model, tokens
 
 from pretrain.models import CAPABILITIES, pick_backend
-from pretrain.models.attention import BACKENDS, apply_rotary, rotary_tables
+from pretrain.models.attention import BACKENDS, apply_rotary
 from pretrain.models.cpu_kernels import cpu_attention
-from pretrain.models.masks import AttentionMask, build_masks, document_positions
+from pretrain.models.masks import AttentionMask, build_masks
+from pretrain.models.mixers import Geometry
+from pretrain.models.positions import document_positions, rotary_tables
 
 
 def slow_attention(query, key, value, allowed, scale):
@@ -275,12 +277,12 @@ def test_local_layers_look_at_the_window_alone() -> None:
     model = tiny_model("modernbert", num_hidden_layers=2, global_attention_every=2)
     local = model.model.layers[1].double()
     states = torch.randn(1, 30, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    masks = build_masks(model.config, causal=False, length=30, past_length=0, key_length=30, device=torch.device("cpu"))
-    tables = model.model._rotary(torch.arange(30)[None])["local"]
+    rows = Geometry(torch.arange(30)[None], length=30, past_length=0, key_length=30)
+    inputs = model.model.mixer_inputs(rows)["local"]
     changed = states.clone()
     changed[:, 15] += 1.0
     with torch.no_grad():
-        difference = (local(states, masks["local"], tables) - local(changed, masks["local"], tables)).abs().sum(-1)[0]
+        difference = (local(states, inputs) - local(changed, inputs)).abs().sum(-1)[0]
     assert difference.nonzero().flatten().tolist() == list(range(11, 20))  # local_window 8: four on each side
 
 
