@@ -49,6 +49,8 @@ relative_attention_max_distance local_window global_attention_every attention_pa
 hidden_act norm_eps norm_placement residual_scale output_scale logit_softcap
 """
 
+_PREDICTED = "kind rate final_rate random keep whole_words span sentences"
+
 
 def _rules() -> dict[str, Rule]:
     """Each line: a section and its keys (none: the whole section), the stage, what a resumed run does, and why."""
@@ -62,19 +64,20 @@ def _rules() -> dict[str, Rule]:
         ("data", "filters dedup decontaminate", "data", "refused", "it chose the text"),
         ("data", "on_error max_bad_share", None, "safe", "it decides whether text is taken, not what comes of it"),
         ("data", "validation", "tokenizer", "refused", "documents would change sides between training and validation"),
-        ("data", "sequence_length", "train", "refused", "the rows are packed to this length"),
+        ("data", "sequence_length target_length", "train", "refused", "the rows are packed to this length"),
         ("data", "part_bytes", "data", "refused", "it decides the order of the shards"),
         ("data", "phases", "train", "refused", "it decides which rows each step sees"),
         ("data", "max_documents_per_row", "train", "refused", "the rows are packed by it"),
         ("data", "executor workers verify", None, "safe", "it steers the work, not what comes out"),
-        ("model", "architecture from", "tokenizer", "refused", "the weights are of that model"),
+        ("model", "architecture from class grow", "tokenizer", "refused", "the weights are of that model"),
         ("model", _SHAPE, "train", "refused", "the weights have this shape"),
         ("model", _MEANING, "train", "refused", "the weights have learned with it"),
         ("model", "initializer initializer_range", "train", "refused", "the first weights were drawn with it"),
         ("model", "hidden_dropout attention_dropout embedding_dropout", "train", "allow", "it changes each later step"),
-        ("model", "label_smoothing", "train", "allow", "it changes each later step"),
+        ("model", "label_smoothing rtd_weight", "train", "allow", "it changes each later step"),
+        ("model", "generator_size generator rtd_sharing", "train", "refused", "the weights have this shape"),
         # Another mask rate would need no other rows, but then the batch of a step is no function of (data, seed, step).
-        ("objective", "kind rate random keep", "train", "refused", "it decides what every step of the run predicts"),
+        ("objective", _PREDICTED, "train", "refused", "it decides what every step of the run predicts"),
         ("optimizer", "name", "train", "refused", "the saved state is that optimizer's"),
         ("optimizer", "lr adam_lr", "train", "allow", "the learning rate jumps"),
         ("optimizer", "weight_decay betas eps momentum", "train", "allow", "it changes each later step"),

@@ -375,17 +375,20 @@ def evaluate(
 @app.command()
 def generate(
     model: ModelName,
-    prompt: Annotated[str, typer.Argument(help="the text to go on from")],
+    prompt: Annotated[str, typer.Argument(help="the text to go on from, or the input of an encoder-decoder")],
     max_new_tokens: Annotated[int | None, typer.Option(help="tokens to add at most; default: what fits")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; default: 0.8, of an encoder-decoder 0")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="sample from the k likeliest")] = None,
     top_p: Annotated[float | None, typer.Option(help="sample from the likeliest that hold this much")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="keep so many outputs on the way to the likeliest")] = None,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     tokenizer: Tokenizer = None,
     device: Device = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Continue a text with any causal model."""
+    """Continue a text with any causal model, or answer it with any encoder-decoder."""
     from pretrain.generate import generate_text
 
     text = generate_text(
@@ -395,6 +398,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        num_beams=num_beams,
         seed=seed,
         tokenizer=tokenizer,
         device=device,
@@ -419,6 +423,31 @@ def fill(
         model, text, top_k=top_k, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code
     )
     show_candidates(filled, Console(soft_wrap=True))
+
+
+@app.command()
+def attention(
+    model: ModelName,
+    text: Annotated[str, typer.Argument(help="what it reads")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("attention.html"),
+    target: Annotated[str | None, typer.Option(help="an encoder-decoder's output; default: what it generates")] = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Write a page that shows where a model looks: a map of every head, rollout, head importance."""
+    from pretrain.attention import write_attention
+
+    path = write_attention(
+        model,
+        text,
+        out,
+        target=target,
+        tokenizer=tokenizer,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    _console().print(f"wrote {path}", highlight=False)
 
 
 @app.command()

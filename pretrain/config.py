@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
 
 from pretrain.config_data import SHARDS_KEYS, DataConfig, ValidationSplit
-from pretrain.config_model import DECODERS, ENCODERS, KINDS, ModelConfig
+from pretrain.config_model import HOME_KINDS, KINDS, ModelConfig, StockHome
+from pretrain.config_objective import ObjectiveConfig
 from pretrain.config_text import ConfigError, describe_errors, dump_yaml, parse_yaml
 from pretrain.config_types import (
     Amount,
@@ -33,11 +34,14 @@ from pretrain.config_types import (
     Positive,
     Section,
     Share,
-    check_import_path,
     redacted,
 )
 
 BUDGETS = ("tokens", "steps", "epochs", "minutes", "hours")
+
+
+LEARNING_KEYS = ("min_frequency", "max_bytes", "seed")
+"""Keys of `tokenizer` that also mean something when an existing one is extended."""
 
 
 class TokenizerConfig(Section):
@@ -64,10 +68,14 @@ class TokenizerConfig(Section):
     min_frequency: Positive = 2
     max_bytes: Positive = Field(1_000_000_000, description="larger corpora are sampled down to this, by seed")
     seed: int = 0
+    extend: Positive | None = Field(
+        None, description="teach an existing tokenizer up to this many more pieces, learnt from this text"
+    )
 
     @model_validator(mode="after")
     def _existing_or_trained(self) -> Self:
-        if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_"})):
+        taken = {"from_", "extend", *(LEARNING_KEYS if self.extend is not None else ())}
+        if self.from_ is not None and (given := sorted(self.model_fields_set - taken)):
             raise ValueError(f"`from` takes a tokenizer as it is, so `{given[0]}` has no effect; remove one of them")
         return self
 
@@ -81,27 +89,6 @@ class TokenizerConfig(Section):
         ]
         if self.algorithm == "ids" and changed:
             raise ValueError(f"`{changed[0]}` has no effect with `algorithm: ids`, which learns nothing; remove it")
-        return self
-
-
-class ObjectiveConfig(Section):
-    """What the model learns to predict."""
-
-    kind: str = Field(description="mlm, causal, or my_module:my_function")
-    rate: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.15, description="mlm: share of tokens to predict")
-    random: Share = Field(0.1, description="mlm: of those, the share replaced by a random token")
-    keep: Share = Field(0.1, description="mlm: of those, the share left as it is; the rest becomes [MASK]")
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.kind not in ("mlm", "causal") and ":" not in self.kind:
-            raise ValueError(f"`kind: {self.kind}` is unknown; use mlm, causal or my_module:my_function")
-        if ":" in self.kind:
-            check_import_path(self.kind)
-        if self.kind == "causal" and (given := sorted(self.model_fields_set - {"kind"})):
-            raise ValueError(f"`{given[0]}` belongs to mlm and has no effect with `kind: causal`; remove it")
-        if self.random + self.keep > 1.0:
-            raise ValueError(f"random {self.random} + keep {self.keep} is more than 1; what is left over is [MASK]")
         return self
 
 
@@ -174,7 +161,7 @@ class TrainConfig(Section):
     check_replicas: Positive | None = Field(
         None, description="compare all copies every so many steps and before a save (ddp, zero1, zero2, hybrid)"
     )
-    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flex", "varlen"] = "auto"
     seed: int = Field(0, ge=0)
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     compile: StrictBool = False
@@ -231,7 +218,7 @@ class LogConfig(Section):
 class ExportConfig(Section):
     """The published form."""
 
-    to: str = Field("auto", description="stock architecture, by its model_type")
+    to: Literal["auto"] | StockHome = Field("auto", description="stock architecture, by its model_type")
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     max_shard_bytes: Positive = 5_000_000_000
 
@@ -255,11 +242,18 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        architecture, kind, length = self.model.architecture, self.objective.kind, self.data.sequence_length
-        if architecture in DECODERS and kind == "mlm":
-            raise ValueError(f"objective.kind: mlm needs an encoder ({', '.join(ENCODERS)}), not `{architecture}`")
-        if architecture in ENCODERS and kind == "causal":
-            raise ValueError(f"objective.kind: causal needs a decoder ({', '.join(DECODERS)}), not `{architecture}`")
+        architecture, length = self.model.architecture, self.data.sequence_length
+        wanted = self.objective.model_kind
+        if architecture is not None and wanted not in (None, KINDS[architecture]):
+            fitting = ", ".join(name for name, kind in KINDS.items() if kind == wanted)
+            an = "an" if wanted == "encoder" else "a"
+            raise ValueError(
+                f"objective.kind: {self.objective.kind} needs {an} {wanted} ({fitting}), not `{architecture}`"
+            )
+        if self.tokenizer.extend is not None and self.tokenizer.from_ is None and self.model.from_ is None:
+            raise ValueError("tokenizer.extend teaches an existing tokenizer; name it: tokenizer.from, or model.from")
+        self._data_fit()
+        self._model_has_the_heads()
         positions = self.model.max_position_embeddings
         if positions is not None and positions < length:
             raise ValueError(
@@ -277,9 +271,41 @@ class RunConfig(Section):
             raise ValueError(f"schedule.warmup: {warmup} steps are more than train.steps: {steps}; lower the one")
         if isinstance(self.data.validation, tuple) and not self.data.validation:
             raise ValueError("data.validation: the list is empty; name files, or use {fraction: 0.01}")
-        if self.export.to not in ("auto", architecture) and architecture is not None:
+        if architecture is not None and HOME_KINDS.get(self.export.to, KINDS[architecture]) != KINDS[architecture]:
             raise ValueError(f"export.to: {self.export.to} does not hold a `{architecture}` model; use auto")
         return self
+
+    def _model_has_the_heads(self) -> None:
+        """Refuse heads that the objective does not train, and classes that do not have those it does."""
+        objective, model = self.objective, self.model
+        given = [key for key in ("generator_size", "generator", "rtd_weight", "rtd_sharing") if getattr(model, key)]
+        if given and objective.kind != "rtd" and not objective.is_own:
+            raise ValueError(f"model.{given[0]} belongs to objective.kind: rtd and has no effect with {objective.kind}")
+        needs = "objective.kind: rtd" if objective.kind == "rtd" else f"objective.sentences: {objective.sentences}"
+        if model.class_ == "stock" and (objective.kind == "rtd" or objective.sentences != "none"):
+            raise ValueError(f"{needs} trains heads that model.class: stock does not have; use class: loom")
+
+    def _data_fit(self) -> None:
+        """Refuse data that the objective cannot be made of, or keys of them that have no effect with it."""
+        kind, data = self.objective.kind, self.data
+        if kind == "translation" and data.from_ is None and isinstance(data.text_field, str):
+            raise ValueError(
+                f"data.text_field: {data.text_field} is one text, and objective.kind: translation needs two; give "
+                "[source, target], the columns or keys of the two sides"
+            )
+        if kind != "translation" and not isinstance(data.text_field, str):
+            raise ValueError(
+                f"data.text_field: {list(data.text_field)} are the two sides of objective.kind: translation; "
+                f"{kind} takes one text"
+            )
+        paired = self.objective.model_kind == "seq2seq"
+        if data.target_length is not None and not paired:
+            raise ValueError(f"data.target_length: {data.target_length} has no effect with objective.kind: {kind}")
+        if kind == "translation" and self.tokenizer.algorithm == "ids":
+            raise ValueError("objective.kind: translation needs text; tokenizer.algorithm: ids learns no words of it")
+        key = "whole_words" if self.objective.whole_words else "sentences"
+        if self.objective.needs_marks and (data.ids_field is not None or self.tokenizer.algorithm == "ids"):
+            raise ValueError(f"objective.{key} needs text, whose words are known; ready ids do not say where words end")
 
     @property
     def directory(self) -> Path:
@@ -395,8 +421,9 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     for section in ("train", "model", "evaluate", "optimizer"):
         plain[section] = {key: value for key, value in plain[section].items() if value is not None}
     plain["tokenizer"] = _only_effective(plain["tokenizer"], from_=config.tokenizer.from_)
-    if config.objective.kind == "causal":
-        plain["objective"] = {"kind": "causal"}
+    plain["objective"] = config.objective.effective()
+    if config.data.target_length is None:
+        plain["data"].pop("target_length")
     if config.schedule.kind != "wsd":
         plain["schedule"].pop("decay")
     if config.optimizer.name != "muon":
@@ -411,9 +438,10 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def _only_effective(tokenizer: dict[str, Any], *, from_: str | None) -> dict[str, Any]:
+    learning = {key: tokenizer[key] for key in ("extend", *LEARNING_KEYS)} if tokenizer["extend"] else {}
     if from_ is not None:
-        return {"from": from_}
-    return {key: value for key, value in tokenizer.items() if key != "from"}
+        return {"from": from_, **learning}
+    return learning or {key: value for key, value in tokenizer.items() if key not in ("from", "extend")}
 
 
 def json_schema() -> dict[str, Any]:

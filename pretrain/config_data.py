@@ -135,7 +135,9 @@ class ValidationSplit(Section):
         return self
 
 
-SHARDS_KEYS = frozenset({"from_", "phases", "sequence_length", "max_documents_per_row", "workers", "verify"})
+SHARDS_KEYS = frozenset(
+    {"from_", "phases", "sequence_length", "target_length", "max_documents_per_row", "workers", "verify"}
+)
 """Keys of `data` that mean something beside `from`."""
 
 
@@ -150,7 +152,9 @@ class DataConfig(Section):
     )
     phases: tuple[Phase, ...] = Field((), description="other weights in other parts of the run")
     document: Literal["auto", "row", "file", "line", "paragraph"] | DocumentStart = "auto"
-    text_field: str = "text"
+    text_field: str | tuple[str, str] = Field(
+        "text", description="the column or key of the text; for translation [source, target] (jsonl, csv, tsv)"
+    )
     ids_field: str | None = Field(None, description="the column or key of ready token ids, in place of text_field")
     encoding: Encoding = Field("auto", description="auto: UTF-8, or UTF-16 and UTF-32 by their byte order mark")
     on_error: Literal["keep-going", "stop"] = Field("keep-going", description="what a bad line or row does")
@@ -162,6 +166,11 @@ class DataConfig(Section):
         default_factory=lambda: ValidationSplit(fraction=0.02), validate_default=True
     )
     sequence_length: Annotated[int, Field(ge=8)] = 1024
+    target_length: Annotated[int, Field(ge=4)] | None = Field(
+        None,
+        description="positions of the decoder; default: translation as many as the encoder's, span-corruption as many "
+        "as a full row needs",
+    )
     max_documents_per_row: Positive = 64
     part_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
         64_000_000, description="input bytes a part, the unit of work and of restart; fixed by the manifest"
@@ -183,6 +192,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _ready_ids_have_no_text(self) -> Self:
+        if self.ids_field is not None and not isinstance(self.text_field, str):
+            raise ValueError(f"`ids_field: {self.ids_field}` gives single documents, and `text_field` names pairs")
         needs_text = {"filters": self.filters, "dedup": self.dedup, "decontaminate": self.decontaminate}
         if self.ids_field is not None and (given := [key for key, value in needs_text.items() if value]):
             raise ValueError(f"`{given[0]}` works on text, and `ids_field: {self.ids_field}` gives none; remove one")

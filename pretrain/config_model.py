@@ -5,7 +5,7 @@ What lives here: the schema of that section. What must not: torch, or what a swi
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, StrictBool, model_validator
 
@@ -20,6 +20,16 @@ KINDS: dict[str, Literal["encoder", "decoder", "seq2seq"]] = {
     **dict.fromkeys(SEQ2SEQ, "seq2seq"),
 }
 """What each architecture is."""
+
+StockHome = Literal[
+    "bert", "roberta", "electra", "albert", "modernbert", "eurobert",
+    "gpt2", "llama", "qwen3", "modernbert-decoder", "marian", "t5",
+]  # fmt: skip
+"""Stock architectures that hold our models, by their model_type in transformers."""
+HOME_KINDS: dict[str, Literal["encoder", "decoder", "seq2seq"]] = {
+    home: KINDS["transformer" if home == "marian" else home] for home in get_args(StockHome)
+}
+"""What each of them is."""
 
 AboveZero = Annotated[float, Field(gt=0.0)]
 
@@ -44,6 +54,16 @@ class RopeScaling(Section):
         return self
 
 
+class Grow(Section):
+    """The sizes of a larger model whose weights are tiled from `from`'s; those left out follow, or stay."""
+
+    num_hidden_layers: Positive | None = None
+    hidden_size: Positive | None = Field(None, description="brings heads and MLP in proportion; heads keep their width")
+    num_attention_heads: Positive | None = None
+    num_key_value_heads: Positive | None = None
+    intermediate_size: Positive | None = None
+
+
 class ModelConfig(Section):
     """The model: a known design's conventions, and sizes beside it. A size left out is the published base model's."""
 
@@ -55,6 +75,10 @@ class ModelConfig(Section):
         | None
     ) = None  # fmt: skip
     from_: str | None = Field(None, alias="from", description="start from this model: a Hub name or a directory")
+    class_: Literal["loom", "stock"] = Field(
+        "loom", alias="class", description="of `from`: ours, or transformers' own, whatever its architecture"
+    )
+    grow: Grow | None = Field(None, description="start from a larger model that is tiled from `from`")
     hidden_size: Positive | None = None
     embedding_size: Positive | None = Field(None, description="of the tables, projected up to hidden_size (ALBERT)")
     num_hidden_layers: Positive | None = Field(None, description="of an encoder-decoder: the encoder's")
@@ -108,6 +132,14 @@ class ModelConfig(Section):
     hidden_dropout: Share | None = None
     attention_dropout: Share | None = None
     embedding_dropout: Share | None = None
+    generator_size: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="rtd: the generator's share of width, heads and intermediate size"
+    )
+    generator: dict[str, Any] | None = Field(None, description="rtd: keys in which the generator differs beside that")
+    rtd_weight: AboveZero | None = Field(None, description="rtd: weight of the detection's loss, default 50")
+    rtd_sharing: Literal["tied", "gradient_disentangled", "none"] | None = Field(
+        None, description="rtd: embeddings of generator and discriminator, default tied"
+    )
     label_smoothing: OpenShare | Literal[0] | None = Field(None, description="encoder-decoder, while training")
     initializer: Literal["normal", "scaled_normal", "scaled_truncated_normal", "xavier_uniform", "t5"] | None = None
     initializer_range: AboveZero | None = None
@@ -116,13 +148,17 @@ class ModelConfig(Section):
     def _architecture_or_from(self) -> Self:
         if self.architecture is None and self.from_ is None:
             raise ValueError(f"give `architecture` (one of {', '.join(KINDS)}) or `from`")
-        if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_"})):
+        if self.class_ == "stock" and self.from_ is None:
+            raise ValueError("`class: stock` trains an existing model as transformers has it; name it with `from`")
+        if self.grow is not None and (self.from_ is None or self.class_ == "stock"):
+            raise ValueError("`grow` tiles a larger model of ours from `from`; name that, without `class: stock`")
+        if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_", "class_", "grow"})):
             raise ValueError(f"`from` takes a model as it is, so `{given[0]}` has no effect; remove one of them")
         return self
 
     def sizes(self) -> dict[str, Any]:
         """The keys that were given, for the model configuration."""
-        keys = self.model_dump(exclude={"architecture", "from_"}, exclude_none=True)
+        keys = self.model_dump(exclude={"architecture", "from_", "class_", "grow"}, exclude_none=True)
         if "attention_pattern" in keys:
             keys["attention_pattern"] = list(keys["attention_pattern"])
         return keys

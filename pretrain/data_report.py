@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain.config import RunConfig
-from pretrain.data.batches import LoadedSplit, layout_of
+from pretrain.data.batches import LoadedSplit
 from pretrain.data.loader import DataPlane
 from pretrain.data.looking.spelling import Spelling, visible
 from pretrain.data.looking.statistics import (
@@ -34,6 +34,7 @@ from pretrain.data.looking.statistics import (
     find_repeated,
     first_of,
 )
+from pretrain.data.objectives import evaluation_objective
 from pretrain.data.preparing.parts import is_training
 from pretrain.data.vocabulary import SpecialIds
 from pretrain.files import Manifest, make_directories, read_manifest, write_bytes
@@ -93,14 +94,8 @@ def report_data(config: RunConfig, *, console: Console | None = None) -> Report:
 
 
 def _load(config: RunConfig, split: str) -> LoadedSplit:
-    return LoadedSplit(
-        config.directory / "data",
-        split,
-        config.kind or layout_of(config.objective),
-        config.data.sequence_length,
-        config.data.max_documents_per_row,
-        keep_plan=False,
-    )
+    objective = config.objective if is_training(split) else evaluation_objective(config.objective)
+    return LoadedSplit.of(config, split, objective=objective, keep_plan=False)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from pretrain.config import RunConfig
 from pretrain.config_data import DocumentStart
-from pretrain.data.batches import Batch
+from pretrain.data.batches import Batch, layout_of
 from pretrain.data.loader import DataPlane
 from pretrain.data.reading.documents import SourceFile, read_documents, resolve_sources
 from pretrain.data.validation import ValidationPass
@@ -30,9 +30,10 @@ from pretrain.evaluation.loading import LoadedModel, describe_model, describe_to
 from pretrain.evaluation.passes import DEFAULT_BATCH_TOKENS, Passes
 from pretrain.evaluation.passes import Progress as ProgressCallback
 from pretrain.files import replace_file
-from pretrain.model_dir import DTYPES, read_loom
+from pretrain.model_dir import DTYPES, read_loom, read_stock
 from pretrain.models import pick_backend
 from pretrain.runtime import describe_machine, resolve_precision
+from pretrain.stock_model import adapt
 from pretrain.training.checkpoint import verify_model
 
 _DEFAULT_CONTEXT = 1_024
@@ -90,6 +91,11 @@ def evaluate_model(
     sources = resolve_sources(list(files), key="TEXT")
     verify_model(Path(model))
     loaded = load_model(model, tokenizer=tokenizer, kind=kind, device=device, trust_remote_code=trust_remote_code)
+    if loaded.kind == "seq2seq":
+        raise ValueError(
+            f"`{model}` is an encoder-decoder, which predicts an output from an input: text alone does not say what "
+            "its input is; see its outputs with `pretrain generate`, its loss on pairs in the evaluation of its run"
+        )
     window = _window(loaded, context)
     if stride is not None and loaded.kind == "mlm":
         raise ValueError(f"stride: {stride} belongs to causal models and has no effect on `{model}`; leave it out")
@@ -142,9 +148,7 @@ def evaluate_run(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     verify_model(directory)
-    model: Any = read_loom(directory)
-    model.set_attn_implementation(pick_backend(model.config, device)[0])
-    model.to(device)
+    model = _run_model(config, directory, device)
     scores: dict[str, Any] = {}
     for split in DataPlane.validation_splits(config):
         rows = DataPlane.validation(config, split).batches()
@@ -158,6 +162,19 @@ def evaluate_run(
             shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float))
             console.print(f"{split}: {shown}", highlight=False)
     return scores
+
+
+def _run_model(config: RunConfig, directory: Path, device: torch.device) -> Any:
+    """The model of a run in the class that it trains, so that packed rows mean the same."""
+    if config.model.class_ == "stock":
+        kind = layout_of(config.objective)
+        stock: Any = read_stock(directory, kind)
+        stock.to(device)
+        adapt(stock, kind, config.data.sequence_length)
+        return stock
+    model: Any = read_loom(directory)
+    model.set_attn_implementation(pick_backend(model.config, device)[0])
+    return model.to(device)
 
 
 def _told(rows: ValidationPass, split: str, told: ProgressCallback) -> Iterator[Batch]:

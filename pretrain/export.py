@@ -8,14 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pretrain.files import ArtifactError, commit_directory, write_safetensors
-from pretrain.model_dir import DTYPES, copy_tokenizer, read_loom, read_stock, write_model
-from pretrain.models import register_hub_code
+from pretrain.model_dir import (
+    DTYPES,
+    copy_tokenizer,
+    is_held,
+    read_config,
+    read_loom,
+    read_stock,
+    stored_task,
+    write_model,
+)
+from pretrain.models import LoomPreTrainedModel, register_hub_code
 from pretrain.training import checkpoint
 from pretrain.training.state import tensor_bytes
 from pretrain.training.stored import stored_model
@@ -86,13 +96,13 @@ def export_model(
         raise ValueError(f"dtype: {dtype} is unknown; use one of {', '.join(DTYPES)}")
     directory = model_directory(Path(source))
     checkpoint.verify_model(directory)
-    model = read_loom(directory)
+    model: PreTrainedModel = _read(directory) if is_held(directory) else read_stock(directory)
     as_written(model, DTYPES[dtype])
     with commit_directory(Path(out), replace=replace) as temporary:
         write_model(
             model, temporary, tokenizer_directory=directory, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes
         )
-        stock = read_stock(temporary)
+        stock = read_stock(temporary, task=stored_task(read_config(temporary)))
         proof = _prove(model, stock, Path(out), proof_file)
     return proof
 
@@ -104,14 +114,19 @@ def import_model(source: Path, out: Path) -> Proof:
         ValueError: when the architecture is not one that we hold.
         ArtifactError: when `source` holds no model, `out` exists, or the logits differ.
     """
-    model = read_loom(source)
+    model = _read(source)
     register_hub_code(model)
-    stock = read_stock(source)
+    stock = read_stock(source, task=stored_task(read_config(source)))
     with commit_directory(Path(out)) as temporary:
         model.save_pretrained(temporary)
         copy_tokenizer(source, temporary)
         proof = _prove(stock, model, Path(out), None)
     return proof
+
+
+def _read(source: Path) -> LoomPreTrainedModel:
+    """The model of a directory as the class that its config names for pretraining, every tensor of it."""
+    return read_loom(source, task=stored_task(read_config(source)))
 
 
 def as_written(model: nn.Module, dtype: torch.dtype) -> None:
@@ -122,13 +137,16 @@ def as_written(model: nn.Module, dtype: torch.dtype) -> None:
 def _prove(ours: PreTrainedModel, theirs: PreTrainedModel, directory: Path, proof_file: Path | None) -> Proof:
     """Compare logits on two rows of random ids, the second one padded."""
     generator = torch.Generator().manual_seed(0)
-    length = min(64, ours.config.max_position_embeddings)
-    ids = torch.randint(0, ours.config.vocab_size, (2, length), generator=generator)
+    length = min(64, getattr(ours.config, "max_position_embeddings", None) or 64)
+    table: Any = ours.get_input_embeddings()
+    vocabulary = table.weight.shape[0]
+    ids = torch.randint(0, vocabulary, (2, length), generator=generator)
+    padding = getattr(ours.config, "pad_token_id", None)
+    if padding is not None:  # some architectures count positions by the tokens that are not padding
+        ids = torch.where(ids == padding, (padding + 1) % vocabulary, ids)
     mask = torch.ones_like(ids)
     mask[1, length // 2 :] = 0
-    with torch.no_grad():
-        expected = ours(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-        actual = theirs(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    expected, actual = _logits(ours, ids, mask), _logits(theirs, ids, mask)
     difference = float((expected - actual).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE:
         raise ArtifactError(
@@ -139,3 +157,12 @@ def _prove(ours: PreTrainedModel, theirs: PreTrainedModel, directory: Path, proo
         proof_file.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(proof_file, [(name, tensor_bytes(tensor)) for name, tensor in tensors.items()])
     return Proof(directory, theirs.config.model_type, theirs.num_parameters(), difference)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """(tokens, vocabulary) logits of the tokens among (rows, length) ids; a detector gives a number a token."""
+    output = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    said = model(input_ids=ids, attention_mask=mask, **output)
+    logits: Tensor = said.prediction_logits if "prediction_logits" in said else said.logits
+    return logits[mask.bool()]

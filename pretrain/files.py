@@ -115,8 +115,17 @@ def make_directories(path: Path) -> None:
         sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Flush to the disk what somebody else has written into a file."""
+    _sync(path)
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory's entries to the disk, so that a rename survives a power loss."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -335,6 +344,9 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         for part in (manifest.config, manifest.inputs, manifest.files, manifest.facts):
             if not isinstance(part, dict):
                 raise TypeError(f"{part!r} stands where entries by name should")
+        for name in manifest.files:
+            if not _is_below(name):
+                raise TypeError(f"{name!r} names no file below the directory")
     except FileNotFoundError:
         raise ArtifactError(f"`{directory}` holds no {kind}: {MANIFEST} is missing; make it first") from None
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
@@ -352,6 +364,11 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
             f"the {kind} again"
         )
     return manifest
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name leads to a file below the directory it is taken in: a manifest may come from anywhere."""
+    return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def verify_manifest(directory: Path, manifest: Manifest) -> None:

@@ -60,9 +60,10 @@ def fill_masks(
     if not isinstance(model, LoadedModel):
         model = load_model(model, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
     if model.kind != "mlm":
-        raise ValueError(
-            f"`{model.source}` is a causal language model; let it go on from a text with `pretrain generate`"
-        )
+        what = "a causal language model; let it go on from a text"
+        if model.kind == "seq2seq":
+            what = "an encoder-decoder; let it answer an input"
+        raise ValueError(f"`{model.source}` is {what} with `pretrain generate`")
     mask = model.tokenizer.mask_token
     if mask is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`pretrain generate MODEL "text"`: let a causal model go on from a text.
+"""`pretrain generate MODEL "text"`: a causal model goes on from a text, an encoder-decoder answers it.
 
 What lives here: the choice of the next token, in the terms of `transformers.generate`. What must not: loading rules, or
 printing; text is returned, and handed out piece by piece to a callback while it grows.
@@ -19,6 +19,8 @@ from pretrain.model_dir import DTYPES
 from pretrain.runtime import resolve_precision
 
 _DEFAULT_NEW_TOKENS = 100
+_DEFAULT_TEMPERATURE = 0.8  # of a causal model; an encoder-decoder writes the likeliest output
+_OF_BEAMS = ("length_penalty", "early_stopping")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -27,9 +29,10 @@ def generate_text(
     prompt: str,
     *,
     max_new_tokens: int | None = None,
-    temperature: float = 0.8,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    num_beams: int | None = None,
     seed: int = 0,
     tokenizer: str | Path | None = None,
     device: str | None = None,
@@ -37,36 +40,42 @@ def generate_text(
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """Continue `prompt`; return it with what was added.
+    """Continue `prompt` and return it with what was added; of an encoder-decoder, return its output for that input.
 
-    The prompt stands at the start of a document: BOS comes before it where the tokenizer has one. Generation ends at
-    EOS or after `max_new_tokens`. The same arguments on the same machine give the same text.
+    The prompt stands at the start of a document: BOS comes before it where the tokenizer has one. The input of an
+    encoder-decoder ends in EOS. Generation ends at EOS or after `max_new_tokens`. The same arguments on the same
+    machine give the same text.
 
     Args:
         model: a directory, a Hub name, or a model that `load_model` gave.
         prompt: any text, also none where the tokenizer has a BOS.
         max_new_tokens: tokens to add at most; default 100, or as many as the model's positions leave.
-        temperature: divides the logits before sampling; 0 takes the likeliest token each time.
+        temperature: divides the logits before sampling; 0 takes the likeliest token each time. None: 0.8 for a causal
+            model without beams or a choice of tokens, else 0.
         top_k: sample from the k likeliest tokens (Fan et al. 2018); None for all.
         top_p: sample from the likeliest tokens that together hold this probability (Holtzman et al. 2019).
+        num_beams: outputs that are kept on the way to the likeliest whole one; None: as many as the directory of an
+            encoder-decoder asks for, else 1.
         seed: of the sampling; torch's global state is left alone.
         tokenizer: where the tokenizer lies, when it is not in `model`.
         device: default CUDA where there is one.
         precision: "fp32", "bf16", "fp16" (CUDA) or "auto".
         trust_remote_code: run the code that the directory carries.
-        on_text: called with every further piece of text as it comes.
+        on_text: called with every further piece of text as it comes; with beams once, at the end.
 
     Raises:
-        ValueError: when the model is not causal, the text does not fit its positions, or an option is out of range.
+        ValueError: when the model fills masks, the text does not fit its positions, or an option is out of range.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(max_new_tokens, temperature, top_k, top_p, num_beams)
     if not isinstance(model, LoadedModel):
         model = load_model(model, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
-    if model.kind != "causal":
+    if model.kind == "mlm":
         raise ValueError(f"`{model.source}` is a masked language model; fill its masks with `pretrain fill`")
-    ids = _prompt_ids(model, prompt)
-    options = _generation_config(model, _room(model, len(ids), max_new_tokens), temperature, top_k, top_p)
-    streamer = _Pieces(model.tokenizer, on_text) if on_text is not None else None
+    answers = model.kind == "seq2seq"
+    ids = _input_ids(model, prompt) if answers else _prompt_ids(model, prompt)
+    room = _output_room(model, len(ids), max_new_tokens) if answers else _room(model, len(ids), max_new_tokens)
+    options = _generation_config(model, room, _choice(model, temperature, top_k, top_p, num_beams))
+    streamer = _Pieces(model.tokenizer, on_text) if on_text is not None and options.num_beams == 1 else None
     inputs = torch.tensor([ids], device=model.device)  # (1, prompt tokens)
     dtype = DTYPES[resolve_precision(precision, model.device)]
     mixed = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
@@ -76,14 +85,23 @@ def generate_text(
         output = model.model.generate(
             inputs, attention_mask=torch.ones_like(inputs), generation_config=options, streamer=streamer
         )
-    added = model.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return prompt + str(added)
+    made = output[0] if answers else output[0, len(ids) :]
+    text = str(model.tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    if on_text is not None and streamer is None:
+        on_text(text)
+    return text if answers else prompt + text
 
 
-def _check_options(max_new_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_options(
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    num_beams: int | None,
+) -> None:
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
-    if temperature < 0:
+    if temperature is not None and temperature < 0:
         raise ValueError(f"temperature: {temperature} must be 0 (the likeliest token) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: {top_k} must be at least 1; leave it out to sample from all tokens")
@@ -93,6 +111,13 @@ def _check_options(max_new_tokens: int | None, temperature: float, top_k: int | 
         name = "top_k" if top_k is not None else "top_p"
         raise ValueError(
             f"{name} has no effect with temperature 0, which takes the likeliest token; remove one of them"
+        )
+    if num_beams is not None and num_beams < 1:
+        raise ValueError(f"num_beams: {num_beams} must be at least 1")
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if num_beams is not None and num_beams > 1 and (given := [name for name, value in sampling.items() if value]):
+        raise ValueError(
+            f"num_beams: {num_beams} looks for the likeliest output, {given[0]} samples; remove one of them"
         )
 
 
@@ -104,6 +129,45 @@ def _prompt_ids(model: LoadedModel, prompt: str) -> list[int]:
     if not ids:
         raise ValueError("the prompt is empty and the tokenizer has no bos_token to start from; give some text")
     return ids
+
+
+def _input_ids(model: LoadedModel, text: str) -> list[int]:
+    """As the tokenizer frames a text; where it adds nothing, EOS at the end, as in training."""
+    plain = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    framed = list(model.tokenizer(text, verbose=False)["input_ids"])
+    if not plain:
+        raise ValueError("the input is empty; give the text that the encoder reads")
+    eos = model.tokenizer.eos_token_id
+    return [*framed, eos] if framed == plain and eos is not None and plain[-1] != eos else framed
+
+
+def _output_room(model: LoadedModel, input_tokens: int, max_new_tokens: int | None) -> int:
+    longest = model.max_positions
+    if longest is not None and max(input_tokens, max_new_tokens or 1) > longest:
+        what = (
+            f"an input of {input_tokens} tokens does" if input_tokens > longest else f"{max_new_tokens} new tokens do"
+        )
+        remedy = "give a shorter text" if input_tokens > longest else f"max_new_tokens may be {longest} at most"
+        raise ValueError(f"{what} not fit the {longest} positions of `{model.source}`; {remedy}")
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return _DEFAULT_NEW_TOKENS if longest is None else min(_DEFAULT_NEW_TOKENS, longest)
+
+
+def _choice(
+    model: LoadedModel, temperature: float | None, top_k: int | None, top_p: float | None, num_beams: int | None
+) -> dict[str, Any]:
+    """How a token is chosen, in the words of `transformers.generate`."""
+    answers = model.kind == "seq2seq"
+    own = getattr(model.model, "generation_config", None)
+    narrowed = top_k is not None or top_p is not None
+    if temperature is None:
+        temperature = _DEFAULT_TEMPERATURE if narrowed or not (answers or num_beams) else 0.0
+    if temperature > 0:
+        sampled = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+        return {"do_sample": True, "num_beams": 1, **sampled}
+    beams = num_beams or (getattr(own, "num_beams", None) if answers else None) or 1
+    return {"do_sample": False, "num_beams": beams}
 
 
 def _room(model: LoadedModel, prompt_tokens: int, max_new_tokens: int | None) -> int:
@@ -121,17 +185,14 @@ def _room(model: LoadedModel, prompt_tokens: int, max_new_tokens: int | None) ->
     return _DEFAULT_NEW_TOKENS if room is None else min(_DEFAULT_NEW_TOKENS, room)
 
 
-def _generation_config(
-    model: LoadedModel, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> GenerationConfig:
+def _generation_config(model: LoadedModel, max_new_tokens: int, choice: dict[str, Any]) -> GenerationConfig:
+    """What ends and fills a row, beside the choice."""
     own = getattr(model.model, "generation_config", None)
     eos = getattr(own, "eos_token_id", None)
     eos = eos if eos is not None else model.tokenizer.eos_token_id
     pad = model.tokenizer.pad_token_id
     first_eos = eos[0] if isinstance(eos, list) else eos
-    options: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    options = choice | (_output_rules(model, own, choice["num_beams"]) if model.kind == "seq2seq" else {})
     make: Any = GenerationConfig
     config: GenerationConfig = make(
         max_new_tokens=max_new_tokens,
@@ -141,6 +202,20 @@ def _generation_config(
         **options,
     )
     return config
+
+
+def _output_rules(model: LoadedModel, own: Any, num_beams: int) -> dict[str, Any]:
+    """What the directory of an encoder-decoder says of its outputs: what they begin with, what must not stand there."""
+    start = getattr(own, "decoder_start_token_id", None)
+    start = start if start is not None else getattr(model.model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise ValueError(
+            f"`{model.source}`: decoder_start_token_id is not set, so nothing says what an output begins with; set it "
+            "in config.json to the token it was trained with"
+        )
+    names = ["bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", *(_OF_BEAMS if num_beams > 1 else ())]
+    said = {name: getattr(own, name, None) for name in names}
+    return {"decoder_start_token_id": start} | {name: value for name, value in said.items() if value is not None}
 
 
 class _Pieces(BaseStreamer):

@@ -19,10 +19,11 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pretrain.config import RunConfig, config_to_dict, difference
-from pretrain.data.batches import Batch, LoadedSplit, layout_of
+from pretrain.data.batches import Batch, LoadedSplit
 from pretrain.data.loader import DataPlane
 from pretrain.data.looking.inspection import Inspector, Kind, Row, Token, Totals
 from pretrain.data.looking.spelling import NEWLINE, Spelling
+from pretrain.data.objectives import evaluation_objective
 from pretrain.data.shards import TRAIN
 from pretrain.data.validation import ValidationData
 from pretrain.files import make_directories, read_manifest, write_bytes
@@ -52,8 +53,17 @@ _STYLES: dict[Kind, str] = {
     "kept": "black on green",
     "ahead": "blue",
     "none": "dim",
+    "output": "green",
 }
-_MARKS: dict[Kind, str] = {"plain": "", "masked": "▣", "random": "◇", "kept": "◆", "ahead": "", "none": ""}
+_MARKS: dict[Kind, str] = {
+    "plain": "",
+    "masked": "▣",
+    "random": "◇",
+    "kept": "◆",
+    "ahead": "",
+    "none": "",
+    "output": "",
+}
 
 
 @dataclass(frozen=True)
@@ -129,14 +139,7 @@ def inspect_step(config: RunConfig, step: int, *, split: str = TRAIN) -> Inspect
 
 def _inspect_validation(config: RunConfig, number: int, split: str) -> Inspected:
     """Batch `number`, from 1, of the pass over a validation split."""
-    loaded = LoadedSplit(
-        config.directory / "data",
-        split,
-        config.kind or layout_of(config.objective),
-        config.data.sequence_length,
-        config.data.max_documents_per_row,
-        keep_plan=False,
-    )
+    loaded = LoadedSplit.of(config, split, objective=evaluation_objective(config.objective), keep_plan=False)
     data = ValidationData(loaded, config.objective)
     one_pass = data.batches(config.evaluate.max_tokens)
     batches = math.ceil(one_pass.num_rows / data.rows_per_batch)
@@ -176,6 +179,9 @@ def _count(totals: Totals) -> list[str]:
     counted = [f"{count:,} {kind}" for kind in ("masked", "random", "kept") if (count := totals.kinds.get(kind))]
     if counted:
         lines.append(f"targets ({totals.targets / max(1, totals.tokens):.1%} of the tokens): {', '.join(counted)}")
+    if totals.pairs:
+        said = " and ".join(f"{count:,} of label {label}" for label, count in totals.pairs.items())
+        lines.append(f"pairs of segments: {said} (0: the second follows the first)")
     if any(totals.sources):
         lines.append("rows by source: " + ", ".join(f"{name} {count:,}" for name, count in totals.sources.items()))
     return lines
@@ -270,7 +276,7 @@ def _legend(totals: Totals) -> Text:
         sample = {"random": "◇shown→token", "ahead": "token→target", "none": "token∎"}.get(kind, f"{_MARKS[kind]}token")
         legend.append(sample, style=_STYLES[kind])
         short = {"masked": "hidden behind [MASK]", "random": "replaced at random", "kept": "left, and predicted"}
-        rest = {"ahead": "its target is not the next place", "none": "no target"}
+        rest = {"ahead": "its target is not the next place", "none": "no target", "output": "written by the decoder"}
         legend.append(f" {(short | rest)[kind]}", style="dim")
     return legend
 

@@ -21,6 +21,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -38,7 +40,7 @@ from pretrain.interop import (
     rules_to_stock,
     to_stock,
 )
-from pretrain.models import LoomConfig, LoomPreTrainedModel, model_class, model_from_config
+from pretrain.models import LoomConfig, LoomPreTrainedModel, model_class, model_from_config, task_of
 from pretrain.training.state import late_bytes
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +48,8 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 
 _OWN_CODE = "it carries code of its own, which is not run here; give a model of a stock architecture"
 _INDEX = "model.safetensors.index.json"
+_LOOM_SPARE = (r"^pooler\.", r"^seq_relationship\.")  # what stands beside a language-model head for pairs of sentences
+_OF_TRAINING = (r"^generator\.", r"^embedding_delta\.")  # what a checkpoint holds beside a detector of replaced tokens
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -71,7 +75,7 @@ def published_form(
     """
     state = _own_state(model, weights)
     if isinstance(model.config, LoomConfig):
-        return to_stock(model.config, state)
+        return to_stock(model.config, state, task_of(model))
     return model.config, dict(state)
 
 
@@ -92,7 +96,7 @@ def published_rules(model: PreTrainedModel, names: Iterable[str]) -> tuple[Any, 
     A model that is stock already stays as it is.
     """
     if isinstance(model.config, LoomConfig):
-        return rules_to_stock(model.config, names)
+        return rules_to_stock(model.config, names, task_of(model))
     return model.config, [Rule(name, (name,)) for name in names]
 
 
@@ -180,7 +184,7 @@ def write_model_share(
     published = {rule.stock: _published(rule, weights, None) for rule in rules}
     parts: list[list[str]] = [[] for _ in shares]
     for rule in rules:
-        (place,) = {home[name] for name in rule.loom}
+        (place,) = {home[name] for name in rule.loom} or {0}
         parts[place].append(rule.stock)
     own = ((name, published[name][1]) for name in parts[number])
     digests = _write_shard(directory, number, len(shares), own)
@@ -273,16 +277,36 @@ def read_config(source: str | Path) -> PreTrainedConfig:
     return config
 
 
-def read_loom(source: str | Path, *, note: Callable[[str], None] | None = None) -> LoomPreTrainedModel:
+PRETRAINING_TASKS = ("pretraining", "sentence_pretraining", "replaced_token_detection")
+"""Tasks of the classes that pretraining makes; the first one has a language-model head alone."""
+
+
+def stored_task(config: PreTrainedConfig) -> str:
+    """Which of `PRETRAINING_TASKS` the class that a config names is for; the first where it names none of them."""
+    named = config.architectures or []
+    for task in PRETRAINING_TASKS[1:]:
+        if isinstance(config, LoomConfig):
+            found = model_class(config, task).__name__ if config.kind == "encoder" else None
+        else:
+            found = HOMES[config.model_type].classes.get(task) if config.model_type in HOMES else None
+        if found in named:
+            return task
+    return PRETRAINING_TASKS[0]
+
+
+def read_loom(
+    source: str | Path, *, note: Callable[[str], None] | None = None, task: str = "pretraining"
+) -> LoomPreTrainedModel:
     """Read a model with its language-model head as the Loom class that holds it: fp32, eval mode.
 
-    Takes BERT, ModernBERT, GPT-2 and Llama in every layout that transformers' own class reads (names without the
-    prefix of the stack, LayerNorm.gamma, half precision, tied or not), and Loom's own directories. Tensors that take
-    no part in language modelling are left out: BERT's pooler and next-sentence head, GPT-2's mask buffers.
+    Takes every family of `interop.HOMES` in every layout that transformers' own class reads (names without the prefix
+    of the stack, LayerNorm.gamma, half precision, tied or not), and Loom's own directories. Tensors that take no part
+    in language modelling are left out: BERT's pooler and next-sentence head, GPT-2's mask buffers.
 
     Args:
         source: a directory, or a Hub name (a directory of that name comes first). Weights come from safetensors alone.
         note: called with a line that names the tensors that were left out, when there are any.
+        task: another one of `PRETRAINING_TASKS`, to read what that class holds (`stored_task` says which).
 
     Raises:
         ArtifactError: when it is no model directory, or its weights do not fit its config; names them.
@@ -291,15 +315,20 @@ def read_loom(source: str | Path, *, note: Callable[[str], None] | None = None) 
     """
     config = read_config(source)
     if isinstance(config, LoomConfig):
-        loom: LoomPreTrainedModel = _pretrained(model_class(config), source, config, spare=())
-        if config.tie_word_embeddings and loom.lm_head.weight is not loom.model.embed_tokens.weight:
-            raise ArtifactError(
-                f"`{source}`: lm_head.weight differs from model.embed_tokens.weight, to which it is tied"
-            )
+        loom: LoomPreTrainedModel = _pretrained(model_class(config, task), source, config, spare=_LOOM_SPARE)
+        if (
+            task != PRETRAINING_TASKS[2]
+            and config.tie_word_embeddings
+            and loom.lm_head.weight is not loom.get_input_embeddings().weight
+        ):
+            table = "model.encoder.embed_tokens" if config.kind == "seq2seq" else "model.embed_tokens"
+            raise ArtifactError(f"`{source}`: lm_head.weight differs from {table}.weight, to which it is tied")
         return loom
-    from_stock_config(config)  # what cannot be held is refused before its weights are fetched
+    from_stock_config(config, task)  # what cannot be held is refused before its weights are fetched
     home = HOMES[config.model_type]
-    stock = _pretrained(getattr(transformers, home.classes["pretraining"]), source, config, home.spare, note)
+    if task not in home.classes:
+        raise ValueError(f"`{source}`: {home.name} has no class for {task}")
+    stock = _pretrained(getattr(transformers, home.classes[task]), source, config, (*home.spare, *_OF_TRAINING), note)
     converted, state = from_stock(stock.config, stock.state_dict())
     model = model_from_config(converted)
     load_state(model, state)
@@ -307,11 +336,38 @@ def read_loom(source: str | Path, *, note: Callable[[str], None] | None = None) 
     return model
 
 
-def read_stock(source: str | Path) -> PreTrainedModel:
+def is_held(source: str | Path) -> bool:
+    """Whether `read_loom` takes this model's architecture, with every value of its config.
+
+    Raises:
+        ArtifactError: when it is no model directory.
+        ValueError: when the Hub does not give it, or transformers does not know the architecture; names the remedy.
+    """
+    config = read_config(source)
+    if isinstance(config, LoomConfig):
+        return True
+    try:
+        from_stock_config(config)
+    except ValueError:
+        return False
+    return True
+
+
+STOCK_CLASSES: dict[str, Any] = {
+    "encoder": AutoModelForMaskedLM,
+    "decoder": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+"""The Auto class with a token head of each kind of model."""
+
+
+def read_stock(source: str | Path, kind: str | None = None, task: str = "pretraining") -> PreTrainedModel:
     """Read a model with transformers' registered class and its language-model head: fp32, eval mode.
 
     Args:
         source: a directory, stock or Loom, or a Hub name.
+        kind: encoder, decoder or seq2seq; None takes it from the class that the config names.
+        task: another one of `PRETRAINING_TASKS`, to read what that class holds.
 
     Raises:
         ArtifactError: when it is no model directory, or weights are missing.
@@ -319,10 +375,16 @@ def read_stock(source: str | Path) -> PreTrainedModel:
     """
     config = read_config(source)
     home = config if isinstance(config, LoomConfig) else HOMES.get(config.model_type)
-    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
-    causal = causal or (home is not None and home.kind == "decoder")
-    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    model: PreTrainedModel = _pretrained(auto, source, config, spare=("",))
+    if kind is None:
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+        kind = home.kind if home is not None else "decoder" if causal else "encoder"
+        kind = "seq2seq" if getattr(config, "is_encoder_decoder", False) else kind
+    found = STOCK_CLASSES[kind]
+    if task != PRETRAINING_TASKS[0] and isinstance(config, LoomConfig):
+        found = model_class(config, task)
+    elif task != PRETRAINING_TASKS[0]:
+        found = AutoModelForPreTraining
+    model: PreTrainedModel = _pretrained(found, source, config, spare=("",))
     return model
 
 
@@ -455,7 +517,9 @@ class _StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, state: Mapping[str, Tensor], rules: Iterable[Rule]) -> None:
         self._state = state
-        self._homes = {name: (rule, number) for rule in rules for number, name in enumerate(rule.loom)}
+        self._homes = {
+            name: (rule, number) for rule in rules if not rule.summed for number, name in enumerate(rule.loom)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         rule, number = self._homes[name]

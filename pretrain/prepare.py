@@ -35,12 +35,13 @@ from rich.progress import (
 
 from pretrain.config import RunConfig
 from pretrain.config_data import Executor
-from pretrain.data.batches import LoadedSplit, layout_of
+from pretrain.data.batches import LoadedSplit
 from pretrain.data.keeping.decontamination import evaluation_files
 from pretrain.data.keeping.kept_out import describe
 from pretrain.data.keeping.sieve import DECONTAMINATE, check_steps, inputs_of, with_steps
+from pretrain.data.objectives import evaluation_objective
 from pretrain.data.preparing.executors import check_executor, run_parts
-from pretrain.data.preparing.parts import Plan, input_files, make_plan
+from pretrain.data.preparing.parts import Plan, input_files, is_training, make_plan
 from pretrain.data.preparing.passes import Pass, finished_parts, make_ready, passes_of
 from pretrain.data.preparing.shared import is_unchanged, take_data
 from pretrain.data.preparing.unfinished import (
@@ -71,6 +72,7 @@ _WITHOUT_EFFECT = {
     "on_error",
     "phases",
     "sequence_length",
+    "target_length",
     "verify",
     "workers",
 }
@@ -127,6 +129,7 @@ def prepare_data(
             tokenizer_digest=manifest.digest,
             vocab_size=vocabulary.vocab_size,
             max_bytes=max_bytes,
+            marks=config.objective.needs_marks,
             told=told,
         )
         plan = with_steps(plan, config.data, told)
@@ -169,7 +172,9 @@ def is_prepared(config: RunConfig, *, max_bytes: int | None = None, console: Con
         tokenizer = read_manifest(config.directory / "tokenizer", "tokenizer").digest
     except ArtifactError:
         return False
-    if made.config != _config_of(config, max_bytes) or made.inputs.get("tokenizer") != tokenizer:
+    wanted = _config_of(config, max_bytes)
+    kept = {"marks": True} if "marks" in made.config else {}  # that the shards say more than is asked does no harm
+    if made.config != wanted | kept or made.inputs.get("tokenizer") != tokenizer:
         return False
     if config.data.from_ is not None:
         return is_unchanged(config.data.from_, made.inputs["from"])
@@ -197,7 +202,8 @@ def _config_of(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
     keys["train"] = config.data.text_sources
     for name, whole in (("dedup", config.data.deduplication), ("decontaminate", config.data.decontamination)):
         keys[name] = whole.model_dump(mode="json") if whole is not None else None  # its short form is the same
-    plain: dict[str, Any] = json.loads(json.dumps({**keys, "max_bytes": max_bytes}))
+    marks = {"marks": True} if config.objective.needs_marks and config.data.from_ is None else {}
+    plain: dict[str, Any] = json.loads(json.dumps({**keys, "max_bytes": max_bytes, **marks}))
     return plain
 
 
@@ -296,18 +302,14 @@ def _shown(
 def _summarise(config: RunConfig, made: Manifest, console: Console | None) -> None:
     """Plan the rows of the run's own length now, so that training starts at once, and show what came out."""
     for split, facts in made.facts["splits"].items():
-        plan = LoadedSplit(
-            config.directory / "data",
-            split,
-            config.kind or layout_of(config.objective),
-            config.data.sequence_length,
-            config.data.max_documents_per_row,
-        ).plan
+        objective = config.objective if is_training(split) else evaluation_objective(config.objective)
+        plan = LoadedSplit.of(config, split, objective=objective).plan
         if console is not None:
             ratio = f", {facts['bytes'] / facts['tokens']:.2f} bytes a token" if facts["bytes"] else ""
             console.print(
                 f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens{ratio}; {plan.num_rows:,} rows "
-                f"of {config.data.sequence_length}, {plan.utilisation:.2%} used",
+                f"of {config.data.sequence_length}, {plan.utilisation:.2%} used"
+                + (f"; {plan.left_out:,} pairs are too long for a row, and left out" if plan.left_out else ""),
                 highlight=False,
             )
     if console is not None:

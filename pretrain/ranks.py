@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import distributed
 
+PATIENT_SECONDS = 6 * 3600.0
+"""How long processes wait where one of them reads or writes all there is; one that is gone shows at once."""
+
 
 class LostRankError(ConnectionError):
     """Another process of the job is gone, or did not answer within `train.ddp_timeout`."""
@@ -97,7 +100,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        self.sum([])
+        self.sum([0.0])  # gloo waits for nobody where there is nothing to add up
 
     def gather(self, value: Any) -> list[Any]:
         """The plain data (JSON) of every process, by rank."""
@@ -122,7 +125,7 @@ class Ranks:
         """What `function`, run by the main process alone, returns (JSON), on every process.
 
         Raises:
-            ValueError, OSError: what it raised, there; on the others `OtherRankError`.
+            BaseException: what it raised, there; on the others `OtherRankError`.
         """
         if self.world == 1:
             return function()
@@ -133,8 +136,10 @@ class Ranks:
             return result
         try:
             result = function()
-        except (ValueError, OSError) as error:
-            self.broadcast([None, str(error)])
+        except (LostRankError, KeyboardInterrupt, SystemExit):  # nobody is told: this process ends
+            raise
+        except BaseException as error:  # in a thread it would end no process, and the others would wait
+            self.broadcast([None, words_of(error)])
             raise
         return self.broadcast([result, None])[0]
 
@@ -167,6 +172,11 @@ class Ranks:
                 f"rank {self.rank} lost the other processes of the job ({str(error).splitlines()[0]}); run the same "
                 "command again to go on from the newest checkpoint, and look at what the rank said that ended first"
             ) from error
+
+
+def words_of(error: BaseException) -> str:
+    """An error in words for the other processes; with its kind, where it was not written for a person."""
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 _CONNECTION = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|gloo|nccl|socket", re.IGNORECASE)

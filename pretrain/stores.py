@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pretrain.config_types import redacted
-from pretrain.files import make_directories
+from pretrain.files import TEMPORARY_PREFIX, make_directories, sync_directory, sync_file
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.5
@@ -30,7 +30,8 @@ FIRST_WAIT = 0.5
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _PACKAGES |= {"webdav": "webdav4", "webdavs": "webdav4", "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol"}
 _READ_ONLY = ("http", "https", "data", "git", "github", "gist", "zip", "tar", "libarchive", "reference", "jupyter")
-_WITH_DIRECTORIES = ("file", "local", "memory", "sftp", "ssh", "ftp", "webdav", "webdavs", "smb", "hdfs", "dbfs")
+_LOCAL = ("file", "local")
+_WITH_DIRECTORIES = (*_LOCAL, "memory", "sftp", "ssh", "ftp", "webdav", "webdavs", "smb", "hdfs", "dbfs")
 # Errors of backends that are not OSError, by where they are defined.
 _FOREIGN = (
     ("botocore.exceptions", ("BotoCoreError", "ClientError")),
@@ -40,6 +41,10 @@ _FOREIGN = (
     ("gcsfs.retry", ("HttpError",)),
     ("google.auth.exceptions", ("GoogleAuthError",)),
     ("azure.core.exceptions", ("AzureError",)),
+    ("paramiko.ssh_exception", ("SSHException",)),
+    ("smbprotocol.exceptions", ("SMBException",)),
+    ("webdav4.client", ("ClientError",)),
+    ("ftplib", ("Error",)),
 )
 _NOT_MENDED = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _Made = TypeVar("_Made")
@@ -104,15 +109,14 @@ class Store:
             StoreError: when it could not be written.
         """
 
-        def send() -> None:
-            self._make_parent(name)
-            self.filesystem.put_file(str(path), self._path(name))
+        def send(target: str) -> None:
+            self.filesystem.put_file(str(path), target)
             self.filesystem.invalidate_cache()
-            size, wanted = self.filesystem.info(self._path(name)).get("size"), path.stat().st_size
+            size, wanted = self.filesystem.info(target).get("size"), path.stat().st_size
             if size is not None and int(size) != wanted:
                 raise OSError(f"{size:,} bytes lie there, {wanted:,} were sent")
 
-        self._persevere(send, name, "written")
+        self._persevere(lambda: self._publish(name, send), name, "written")
 
     def put_bytes(self, name: str, data: bytes) -> None:
         """Write a small file over whatever is there.
@@ -120,12 +124,8 @@ class Store:
         Raises:
             StoreError: when it could not be written.
         """
-
-        def send() -> None:
-            self._make_parent(name)
-            self.filesystem.pipe_file(self._path(name), data)
-
-        self._persevere(send, name, "written")
+        send = lambda target: self.filesystem.pipe_file(target, data)  # noqa: E731
+        self._persevere(lambda: self._publish(name, send), name, "written")
 
     def get(self, name: str, path: Path) -> None:
         """Copy a file to a local path, whose directory is made.
@@ -182,6 +182,8 @@ class Store:
                 self.filesystem.rm_file(self._path(name))
             except FileNotFoundError:
                 return
+            if self.protocol in _LOCAL:  # what is removed after it must not be gone before it
+                sync_directory(Path(self._path(name)).parent)
 
         self._persevere(remove, name, "removed")
 
@@ -207,9 +209,25 @@ class Store:
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def _make_parent(self, name: str) -> None:
-        if self.protocol in _WITH_DIRECTORIES:
-            self.filesystem.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+    def _publish(self, name: str, send: Callable[[str], None]) -> None:
+        """Let `send` write a file. A directory's old file stays until the new one is whole and on the disk."""
+        target = self._path(name)
+        if self.protocol not in _LOCAL:
+            if self.protocol in _WITH_DIRECTORIES:
+                self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            send(target)
+            return
+        path = Path(target)
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+        make_directories(path.parent)
+        try:
+            send(str(temporary))
+            sync_file(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
 
     def _persevere(self, attempt: Callable[[], _Made], name: str, what: str) -> _Made:
         """Try up to `ATTEMPTS` times; what another attempt would not mend is raised at once."""

@@ -19,14 +19,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 
-from pretrain.config import RunConfig, TokenizerConfig, difference
+from pretrain.config import LEARNING_KEYS, RunConfig, TokenizerConfig, difference
 from pretrain.config_data import DocumentStart, ValidationSplit
+from pretrain.config_objective import CORRUPTED_SPAN, MODEL_KINDS
 from pretrain.config_types import redacted
+from pretrain.data.noise import most_spans
 from pretrain.data.preparing.shared import take_artifact
 from pretrain.data.preparing.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text
 from pretrain.data.reading.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
 from pretrain.data.reading.encodings import what_it_is
+from pretrain.data.reading.pairs import TextField, check_pairs, sides
 from pretrain.data.reading.remote import below, is_url
 from pretrain.data.reading.sources import (
     TOKEN_FORMATS,
@@ -38,7 +42,7 @@ from pretrain.data.reading.sources import (
     state_of,
 )
 from pretrain.data.shards import TRAIN
-from pretrain.data.vocabulary import read_vocabulary
+from pretrain.data.vocabulary import read_vocabulary, sentinel
 from pretrain.files import (
     ArtifactError,
     commit_directory,
@@ -60,12 +64,18 @@ from pretrain.tokenization import (
     measure_tokenizer,
     write_tokenizer,
 )
+from pretrain.tokenization.extend import EXTENDED, extend_tokenizer
 from pretrain.tokenization.report import REPORT_BYTES
 
 _log = logging.getLogger(__name__)
 KIND = "tokenizer"
 _CONFIG_FILE = "tokenizer_config.json"
-_BORDERS = {"encoder": ("cls_token", "sep_token"), "decoder": ("eos_token",)}  # what prepared rows put around text
+_BORDERS = {  # what prepared rows put around text
+    "encoder": ("cls_token", "sep_token"),
+    "decoder": ("eos_token",),
+    "seq2seq": ("eos_token", "pad_token"),
+}
+_SENTINELS = 100  # as many as T5's vocabulary has, at least
 
 
 @owning_directory
@@ -95,6 +105,8 @@ def train_tokenizer(config: RunConfig, *, max_bytes: int | None = None, console:
     if tokenizer.from_ is not None:
         with commit_directory(directory, replace=True) as temporary:
             take_tokenizer(tokenizer.from_, temporary, objective=config.objective.kind, kind=config.kind)
+            if tokenizer.extend is not None:
+                _extend(config, tokenizer, temporary, max_bytes, console)
             _manifest(config, temporary, None, max_bytes, console)
         return directory
     if tokenizer.algorithm == "ids":
@@ -132,7 +144,7 @@ def make_tokenizer(
     architecture: str,
     model_max_length: int,
     document: str | DocumentStart = "auto",
-    text_field: str = "text",
+    text_field: TextField = "text",
     split_of: Callable[[SourceFile], Split | None] = lambda file: None,
     max_bytes: int | None = None,
     console: Console | None = None,
@@ -176,8 +188,9 @@ def take_tokenizer(source: str, directory: Path, *, objective: str, kind: str | 
         source: a Hub name or a directory.
         directory: where it is written.
         objective: `objective.kind` of the run; mlm needs a mask token.
-        kind: encoder (each piece stands between CLS and SEP), decoder (EOS ends a document), or None where the model
-            comes from elsewhere: then mlm tells an encoder, causal a decoder, and for other objectives either will do.
+        kind: encoder (each piece stands between CLS and SEP), decoder (EOS ends a document), seq2seq (EOS ends both
+            sides, padding begins the output), or None where the model comes from elsewhere: then the objective tells,
+            and for one of one's own any will do.
 
     Raises:
         ValueError: when it cannot be loaded, is not a fast one, or lacks a token that the run needs.
@@ -195,11 +208,14 @@ def take_tokenizer(source: str, directory: Path, *, objective: str, kind: str | 
         raise ValueError(
             f"tokenizer.from: `{redacted(source)}` has no tokenizer.json; convert it to a fast tokenizer first"
         )
-    kind = kind or {"mlm": "encoder", "causal": "decoder"}.get(objective)
+    kind = kind or MODEL_KINDS.get(objective)
     borders = [roles for name, roles in _BORDERS.items() if kind in (name, None)]
     missing: list[str] = []
-    if objective == "mlm" and tokenizer.mask_token is None:
-        missing.append("no mask_token, which objective.kind: mlm needs")
+    if objective in ("mlm", "rtd") and tokenizer.mask_token is None:
+        missing.append(f"no mask_token, which objective.kind: {objective} needs")
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if objective == "span-corruption" and sentinel(0) not in special:
+        missing.append(f"no sentinels ({sentinel(0)}, {sentinel(1)}, ...), which objective.kind: span-corruption needs")
     if not any(all(getattr(tokenizer, role) is not None for role in roles) for roles in borders):
         wanted = " or ".join(" and ".join(roles) for roles in borders)
         missing.append(f"no {wanted}, which {'an ' + kind if kind == 'encoder' else 'a ' + (kind or 'model')} needs")
@@ -212,6 +228,34 @@ def take_tokenizer(source: str, directory: Path, *, objective: str, kind: str | 
         take_artifact(source, directory, KIND)
     elif not remote:
         _save(tokenizer, directory)
+
+
+def _extend(
+    config: RunConfig, wanted: TokenizerConfig, directory: Path, max_bytes: int | None, console: Console
+) -> None:
+    """Teach the tokenizer in `directory` more pieces from the training text; `EXTENDED` says what they are made of."""
+    assert wanted.extend is not None
+    files = _text_files(config)
+    fetch_files(files if max_bytes is None else first_files(files, max_bytes), console)
+    with _progress(console) as progress:
+        documents = _read(
+            files,
+            config.data.document,
+            config.data.text_field,
+            lambda file: _split_of(config, file, max_bytes),
+            max_bytes,
+            progress,
+        )
+        with draw_sample(documents, wanted.max_bytes, wanted.seed, directory) as sample:
+            old = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            texts = (piece.text for piece in sample)
+            extension = extend_tokenizer(old, texts, wanted.extend, wanted.min_frequency)
+    write_bytes(directory / "tokenizer.json", extension.tokenizer.to_str(pretty=True).encode())
+    write_json(directory / EXTENDED, {str(new): parts for new, parts in extension.made_of.items()})
+    learnt = len(extension.made_of)
+    fewer = f" (of {wanted.extend:,}: no more pairs stand {wanted.min_frequency} times)"
+    said = f"the tokenizer learnt {learnt:,} pieces of the new text{fewer if learnt < wanted.extend else ''}"
+    console.print(said, highlight=False)
 
 
 def _save(tokenizer: Any, directory: Path) -> None:
@@ -274,16 +318,23 @@ def _deciding(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
     """The part of the configuration that decides the tokenizer."""
     tokenizer = _effective(config)
     if tokenizer.from_ is not None:
-        return {"from": redacted(tokenizer.from_), "objective": config.objective.kind}
+        made = {"from": redacted(tokenizer.from_), "objective": config.objective.kind}
+        if tokenizer.extend is None:
+            return made
+        learning = {key: getattr(tokenizer, key) for key in ("extend", *LEARNING_KEYS)}
+        return {**made, **learning, **_deciding_text(config, max_bytes)}
     plain: dict[str, Any] = tokenizer.model_dump(mode="json", by_alias=True, exclude={"from_"})
     if tokenizer.algorithm == "ids":
         return {**plain, "architecture": _architecture(config), "model_max_length": _max_length(config)}
+    shape = {"architecture": _architecture(config), "model_max_length": _max_length(config)}
+    return {**plain, **shape, **_deciding_text(config, max_bytes)}
+
+
+def _deciding_text(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
+    """The part of the configuration that decides the text to learn from."""
     data = config.data.model_dump(mode="json")
     named_files = not isinstance(config.data.validation, ValidationSplit)
     return {
-        **plain,
-        "architecture": _architecture(config),
-        "model_max_length": _max_length(config),
         "text": {
             "train": config.data.text_sources,
             **{key: data[key] for key in ("document", "text_field", "ids_field", "encoding")},
@@ -296,14 +347,32 @@ def _deciding(config: RunConfig, max_bytes: int | None) -> dict[str, Any]:
 def _effective(config: RunConfig) -> TokenizerConfig:
     """The tokenizer section; a model from elsewhere brings its own tokenizer."""
     tokenizer = config.tokenizer
-    if config.model.from_ is None or tokenizer.from_ is not None:
+    if config.model.from_ is None and tokenizer.from_ is None:
+        more = _sentinels(config)
+        special = (*tokenizer.special_tokens, *more)
+        return tokenizer.model_copy(update={"special_tokens": special}) if more else tokenizer
+    if tokenizer.from_ is not None:
         return tokenizer
-    if tokenizer != TokenizerConfig():
+    learning = {key: getattr(tokenizer, key) for key in ("extend", *LEARNING_KEYS)} if tokenizer.extend else {}
+    if tokenizer != TokenizerConfig(**learning):
         raise ValueError(
             f"model.from: `{config.model.from_}` has its own vocabulary, so a tokenizer cannot be trained for it; "
             "remove the section tokenizer, or give tokenizer.from"
         )
-    return TokenizerConfig.model_validate({"from": config.model.from_})
+    return TokenizerConfig.model_validate({"from": config.model.from_, **learning})
+
+
+def _sentinels(config: RunConfig) -> tuple[str, ...]:
+    """The sentinels that span corruption needs, unless tokenizer.special_tokens has some; the first has the highest id.
+
+    As many as the longest piece has spans, and as T5 has, at least; in T5's order.
+    """
+    objective, data = config.objective, config.data
+    if objective.kind != "span-corruption" or sentinel(0) in config.tokenizer.special_tokens:
+        return ()
+    span = CORRUPTED_SPAN if objective.span is None else objective.span
+    most = most_spans(data.sequence_length, data.target_length, objective.rate, span)
+    return tuple(sentinel(number) for number in reversed(range(max(_SENTINELS, most))))
 
 
 def _architecture(config: RunConfig) -> str:
@@ -324,6 +393,7 @@ def _text_files(config: RunConfig) -> list[SourceFile]:
     data = config.data
     files = resolve_sources(data.train, encoding=data.encoding, download=False) if data.ids_field is None else []
     files = [file for file in files if file.format not in TOKEN_FORMATS]
+    check_pairs(files, data.text_field)
     if not files:
         keys = {"data.from": data.from_, "data.ids_field": data.ids_field}
         key = next((name for name, value in keys.items() if value is not None), "data.train")
@@ -342,7 +412,12 @@ def _sources(config: RunConfig, max_bytes: int | None = None) -> list[SourceFile
     if tokenizer.from_ is not None:
         directory = Path(tokenizer.from_)
         paths = sorted(directory.glob("*token*.json")) if directory.is_dir() else []
-        return [SourceFile(path.name, str(path), "txt", path.stat().st_size) for path in paths]
+        taken = [SourceFile(path.name, str(path), "txt", path.stat().st_size) for path in paths]
+        if tokenizer.extend is None:
+            return taken
+        files = _text_files(config)
+        files = files if max_bytes is None else first_files(files, max_bytes)
+        return taken + [file for file in files if file.format != "hub"]
     if tokenizer.algorithm in ("bytes", "ids"):
         return []
     files = _text_files(config)
@@ -388,7 +463,7 @@ def _split_of(config: RunConfig, file: SourceFile, max_bytes: int | None) -> Spl
     if not isinstance(rule, ValidationSplit):
         return None
     if max_bytes is not None:
-        return by_tail_of_text(TRIAL_TAIL)
+        return by_tail_of_text(TRIAL_TAIL) if isinstance(config.data.text_field, str) else by_fraction(TRIAL_TAIL)
     if rule.fraction is not None:
         return by_fraction(rule.fraction)
     assert rule.tail is not None
@@ -400,7 +475,7 @@ def _split_of(config: RunConfig, file: SourceFile, max_bytes: int | None) -> Spl
 def _read(
     files: Sequence[SourceFile],
     document: str | DocumentStart,
-    text_field: str,
+    text_field: TextField,
     split_of: Callable[[SourceFile], Split | None],
     max_bytes: int | None,
     progress: Progress,
@@ -425,7 +500,8 @@ def _read(
             found = True
             if max_bytes is not None:
                 max_bytes -= len(read.text.encode(errors="replace"))
-            yield from [read] if split is None else (part for name, part in split(read) if name == TRAIN)
+            parts = [read] if split is None else [part for name, part in split(read) if name == TRAIN]
+            yield from parts if isinstance(text_field, str) else (side for pair in parts for side in _both_sides(pair))
             if file.format not in ("hub", "parquet"):
                 progress.update(task, completed=done + report.consumed)
         done += file.bytes
@@ -435,6 +511,12 @@ def _read(
             reports.append((file, report))
     if reports and not found:
         raise ValueError(_all_bad(reports))
+
+
+def _both_sides(pair: Document) -> Iterator[Document]:
+    """Source and target of a pair as documents of their own: one vocabulary learns from both."""
+    for text in sides(pair.text):
+        yield Document(text, pair.file, pair.position)
 
 
 def _all_bad(reports: Sequence[tuple[SourceFile, ReadReport]]) -> str:

@@ -14,36 +14,45 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import PreTrainedModel
 
 from pretrain.changes import changes_at_resume, check_allowed
 from pretrain.config import RunConfig
+from pretrain.data.batches import layout_of
 from pretrain.data.loader import DataPlane
+from pretrain.data.noise import target_length_of
+from pretrain.data.objectives import corrupted_span
 from pretrain.data.validation import ValidationData
 from pretrain.data.verification import verify_run
 from pretrain.evaluation.likelihood import evaluate_batches, share_of_batches
 from pretrain.files import lock_directory, read_manifest, update_file
+from pretrain.growing import extend_vocabulary, grow
 from pretrain.interop import stock_config
-from pretrain.model_dir import PublishedStore, read_loom
+from pretrain.model_dir import PublishedStore, read_loom, read_stock
 from pretrain.models import (
-    LoomPreTrainedModel,
+    LoomConfig,
     flops_per_token,
     loom_config,
-    model_from_config,
+    model_class,
     pick_backend,
     wants_dropout_keys,
 )
 from pretrain.planning.facts import model_facts
 from pretrain.plugins import import_path
+from pretrain.ranks import PATIENT_SECONDS
 from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, resolve_precision, set_seed
+from pretrain.stock_model import adapt
+from pretrain.stock_model import flops_per_token as stock_flops_per_token
+from pretrain.tokenization.extend import EXTENDED
 from pretrain.training import checkpoint
 from pretrain.training.engines.job import Job, open_job
 from pretrain.training.optim import build_optimizer as _build_optimizer
-from pretrain.training.places import SAVED_MARK
+from pretrain.training.places import RECORD, SAVED_MARK
 from pretrain.training.progress import Result
 from pretrain.training.stored import open_place
 from pretrain.training.trainer import EvaluationContext, EvaluationStopped, Evaluator, Trainer
 
-_LONGEST_LOOK = 6 * 3600.0
+_GENERATOR_SIZE = 0.25  # of the discriminator, as ELECTRA-Small's; a quarter to a half did best (section 3.2)
 
 
 def check(config: RunConfig) -> None:
@@ -54,7 +63,14 @@ def check(config: RunConfig) -> None:
     """
     if config.model.architecture is not None:
         facts = {"vocab_size": config.tokenizer.vocab_size, "special_ids": {}}
-        stock_config(model_config(config, facts))
+        _home(config, model_config(config, facts))
+
+
+def _home(config: RunConfig, model: Any) -> None:
+    """Refuse a model that no stock architecture holds, or another one than `export.to` asks for."""
+    home = stock_config(model, _task(config)).model_type
+    if config.export.to not in ("auto", home):
+        raise ValueError(f"export.to: {config.export.to} does not hold this model, {home} does; use auto")
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
@@ -62,7 +78,7 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
     return {kind: read_manifest(config.directory / kind, kind).digest for kind in ("tokenizer", "data")}
 
 
-def build_model(config: RunConfig, *, console: Console | None = None) -> LoomPreTrainedModel:
+def build_model(config: RunConfig, *, console: Console | None = None) -> PreTrainedModel:
     """The model of a run, with initial weights drawn from `train.seed`, or read from `model.from`.
 
     Reads the vocabulary and the special ids from the run's tokenizer.
@@ -72,17 +88,21 @@ def build_model(config: RunConfig, *, console: Console | None = None) -> LoomPre
         ValueError: when the sizes do not fit each other, or `model.from` has another vocabulary.
     """
     tokenizer = read_manifest(config.directory / "tokenizer", "tokenizer").facts
+    if config.model.class_ == "stock":
+        return _stock_model(config, tokenizer["vocab_size"], console)
     if config.model.from_ is not None:
-        model = read_loom(config.model.from_, note=console.print if console is not None else None)
-        if model.config.vocab_size < tokenizer["vocab_size"]:
-            raise ValueError(
-                f"model.from: {config.model.from_} has {model.config.vocab_size} embeddings, the tokenizer has "
-                f"{tokenizer['vocab_size']} ids; take the model's own with tokenizer.from: {config.model.from_}"
-            )
+        model: PreTrainedModel
+        note = console.print if console is not None else None
+        model = small = read_loom(config.model.from_, note=note, task=_task(config))
+        if config.model.grow is not None:
+            model = grow(small, config.model.grow.model_dump(exclude_none=True))
+        model = _taught(config, model, tokenizer["vocab_size"])
+        _covers(config, model, tokenizer["vocab_size"])
     else:
         assert config.model.architecture is not None
         set_seed(config.train.seed)
-        model = model_from_config(model_config(config, tokenizer))
+        sized = model_config(config, tokenizer)
+        model = model_class(sized, _task(config))(sized)
     _fits(config, model)
     if config.train.attention != "auto":
         model.set_attn_implementation(config.train.attention)
@@ -91,22 +111,52 @@ def build_model(config: RunConfig, *, console: Console | None = None) -> LoomPre
     return model
 
 
-def _fits(config: RunConfig, model: LoomPreTrainedModel) -> None:
-    """Refuse a model that cannot be published, or that the rest of the run does not fit.
+def _task(config: RunConfig) -> str:
+    """What the model's class is for."""
+    if config.objective.kind == "rtd":
+        return "replaced_token_detection"
+    return "pretraining" if config.objective.sentences == "none" else "sentence_pretraining"
 
-    Raises:
-        ValueError: names the keys that do not fit each other.
-    """
-    # Every checkpoint is published in this form: refuse now what it cannot hold.
-    home = stock_config(model.config).model_type
-    if config.export.to not in ("auto", home):
-        raise ValueError(f"export.to: {config.export.to} does not hold this model, {home} does; use auto")
-    wants = {"mlm": "encoder", "causal": "decoder"}.get(config.objective.kind, model.config.kind)
-    if wants != model.config.kind:
+
+def _covers(config: RunConfig, model: PreTrainedModel, vocab_size: int) -> None:
+    """Refuse a model with fewer embeddings than the tokenizer has ids."""
+    table: Any = model.get_input_embeddings()
+    embeddings = table.weight.shape[0]
+    if embeddings < vocab_size:
         raise ValueError(
-            f"objective.kind: {config.objective.kind} needs an {wants}, model.from: {config.model.from_} is a "
-            f"{model.config.kind}; choose the other objective, or another model"
+            f"model.from: {config.model.from_} has {embeddings} embeddings, the tokenizer has {vocab_size} ids; take "
+            f"the model's own with tokenizer.from: {config.model.from_}"
         )
+
+
+def _taught(config: RunConfig, model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
+    """The model with embeddings for the pieces that its tokenizer has learnt from the new text, where it has."""
+    path = config.directory / "tokenizer" / EXTENDED
+    if not path.is_file():
+        return model
+    made_of = {int(new): parts for new, parts in json.loads(path.read_text(encoding="utf-8")).items()}
+    return extend_vocabulary(model, made_of, vocab_size)
+
+
+def _stock_model(config: RunConfig, vocab_size: int, console: Console | None) -> PreTrainedModel:
+    """A model of transformers' own class, made to take packed rows."""
+    assert config.model.from_ is not None
+    kind = layout_of(config.objective)
+    model = _taught(config, read_stock(config.model.from_, kind), vocab_size)
+    _covers(config, model, vocab_size)
+    _reaches(config, model)
+    if config.train.attention != "auto":
+        model.set_attn_implementation(config.train.attention)
+    way = adapt(model, kind, config.data.sequence_length)
+    if console is not None:
+        console.print(f"{type(model).__name__}: documents of a row are kept apart by {way.words}", highlight=False)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _reaches(config: RunConfig, model: PreTrainedModel) -> None:
+    """Refuse rows that are longer than the model has positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < config.data.sequence_length:
         raise ValueError(
@@ -115,12 +165,44 @@ def _fits(config: RunConfig, model: LoomPreTrainedModel) -> None:
         )
 
 
+def _fits(config: RunConfig, model: PreTrainedModel) -> None:
+    """Refuse a model that cannot be published, or that the rest of the run does not fit.
+
+    Raises:
+        ValueError: names the keys that do not fit each other.
+    """
+    if config.objective.sentences != "none" and model.config.type_vocab_size < 2:
+        raise ValueError(
+            f"objective.sentences: {config.objective.sentences} tells two segments apart by token types, and the model "
+            f"has {model.config.type_vocab_size}; set model.type_vocab_size: 2, or take an architecture that has them "
+            "(bert, electra, albert)"
+        )
+    # Every checkpoint is published in this form: refuse now what it cannot hold.
+    _home(config, model.config)
+    wants = config.objective.model_kind or model.config.kind
+    if wants != model.config.kind:
+        raise ValueError(
+            f"objective.kind: {config.objective.kind} needs an {wants}, model.from: {config.model.from_} is a "
+            f"{model.config.kind}; choose the other objective, or another model"
+        )
+    if wants == "seq2seq" and model.config.decoder_start_token_id != model.config.pad_token_id:
+        raise ValueError(
+            f"model.from: {config.model.from_} begins its output with id {model.config.decoder_start_token_id}, and "
+            f"rows are made with padding there, id {model.config.pad_token_id}; take a model that begins with padding"
+        )
+    _reaches(config, model)
+
+
 def model_config(config: RunConfig, tokenizer: Mapping[str, Any]) -> Any:
     """The model's configuration for a tokenizer's facts (`vocab_size`, `special_ids`)."""
     assert config.model.architecture is not None
     keys = config.model.sizes()
     keys.setdefault("max_position_embeddings", _positions(config))
     ids = {f"{role}_token_id": token_id for role, token_id in tokenizer["special_ids"].items()}
+    if config.kind == "seq2seq" and "pad_token_id" in ids:
+        ids["decoder_start_token_id"] = ids["pad_token_id"]
+    if config.objective.kind == "rtd":
+        keys.setdefault("generator_size", _GENERATOR_SIZE)
     return loom_config(config.model.architecture, vocab_size=tokenizer["vocab_size"], **ids, **keys)
 
 
@@ -169,20 +251,35 @@ def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
                     raise EvaluationStopped
                 yield arrays
 
-        num_bytes = rows.num_bytes if config.objective.kind != "mlm" else None
+        by_text = config.objective.kind == "causal" or config.objective.is_own  # each byte of it is predicted once
+        num_bytes = rows.num_bytes if by_text else None
         return evaluate_batches(model, batches(), device=context.device, num_bytes=num_bytes, ranks=context.ranks)
 
     return evaluator
 
 
 def target_share(config: RunConfig) -> float:
-    """Share of the token positions that the head sees."""
-    return config.objective.rate if config.objective.kind == "mlm" else 1.0
+    """Share of the positions that the head sees; of an encoder-decoder, the decoder's positions to the encoder's."""
+    objective, length = config.objective, config.data.sequence_length
+    if objective.kind in ("mlm", "rtd"):
+        return (objective.rate + (objective.final_rate or objective.rate)) / 2
+    if objective.kind == "span-corruption":
+        target_length = config.data.target_length or target_length_of(length, objective.rate, corrupted_span(objective))
+        return target_length / length
+    return (config.data.target_length or length) / length
+
+
+def _flops(config: RunConfig, model: PreTrainedModel) -> float:
+    """Operations of a training step for one token position."""
+    length = config.data.sequence_length
+    if isinstance(model.config, LoomConfig):
+        return flops_per_token(model.config, length, target_share(config))
+    return stock_flops_per_token(model, length)
 
 
 def build_trainer(
     config: RunConfig,
-    model: LoomPreTrainedModel | None = None,
+    model: PreTrainedModel | None = None,
     data: DataPlane | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     *,
@@ -195,10 +292,11 @@ def build_trainer(
     job = job or open_job(config)
     model = model if model is not None else build_model(config, console=console)
     data = data if data is not None else build_data(config)
-    data.dropout_keys = wants_dropout_keys(model.config)
+    ours = model.config if isinstance(model.config, LoomConfig) else None
+    data.dropout_keys = ours is not None and wants_dropout_keys(ours)
     optimizer = optimizer if optimizer is not None else build_optimizer(config, model)
-    if config.train.attention == "auto":
-        backend, reason = pick_backend(model.config, job.device)
+    if config.train.attention == "auto" and ours is not None:
+        backend, reason = pick_backend(ours, job.device)
         model.set_attn_implementation(backend)
         if console is not None:
             console.print(f"attention: {backend} ({reason})", highlight=False)
@@ -210,8 +308,8 @@ def build_trainer(
         store=PublishedStore(config.directory / "tokenizer"),
         evaluators=evaluators if evaluators is not None else build_evaluators(config),
         judges=DataPlane.validation_splits(config) if evaluators is None else None,
-        flops_per_token=flops_per_token(model.config, config.data.sequence_length, target_share(config)),
-        model_facts=model_facts(model),
+        flops_per_token=_flops(config, model),
+        model_facts=model_facts(model) if ours is not None else None,
         inputs=inputs_of(config),
         console=console,
         job=job,
@@ -263,7 +361,9 @@ def train(
             old = trained_with(config)
             if old is not None:  # before a model of another shape is built; the trainer looks at what it really takes
                 changes_at_resume(old, config, allow_changes)
-            elif (directory / "config.yaml").is_file() and not (directory / SAVED_MARK).exists():
+            elif (directory / "config.yaml").is_file() and not any(
+                (directory / mark).exists() for mark in (SAVED_MARK, RECORD)
+            ):
                 console.print(
                     f"an earlier start in {directory} ended before it saved anything: starting at step 0",
                     highlight=False,
@@ -271,7 +371,7 @@ def train(
 
         with job.ranks.missed():
             # The digests of all shards may take long; the others wait for that as they would for nothing else.
-            job.ranks.another_group(timeout=_LONGEST_LOOK).on_main(look)
+            job.ranks.another_group(timeout=PATIENT_SECONDS).on_main(look)
             trainer = build_trainer(config, console=console, job=job)
             result = trainer.train(allow_changes=allow_changes)
             code: int = job.ranks.on_main(lambda: report(result, directory, console))

@@ -79,7 +79,8 @@ def train(
         return Ended(-9, log.read_text(errors="replace") + f"\n(hung: killed after {timeout:.0f} s)", timeout)
     assert process.exitcode is not None
     fired = _fired(log)
-    since = float(fired.read_text()) if fired.is_file() else started
+    said = fired.read_text() if fired.is_file() else ""  # empty: the child ended between making and writing it
+    since = float(said) if said else started
     return Ended(process.exitcode, log.read_text(errors="replace"), ended - since)
 
 

@@ -8,22 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
 
 from pretrain.export import export_model, import_model
 from pretrain.files import ArtifactError, write_manifest
 from pretrain.model_dir import PublishedStore, read_loom, read_state, write_model
-from pretrain.models import loom_config, model_from_config
+from pretrain.models import loom_config, model_class, model_from_config
 from pretrain.training.checkpoint import verify_model
 from pretrain.training.snapshots import share_out
 
-ARCHITECTURES = ("bert", "modernbert", "gpt2", "llama")
+DECODERS = ("gpt2", "llama", "qwen3", "modernbert-decoder")
+ARCHITECTURES = ("bert", "roberta", "electra", "albert", "modernbert", "eurobert", *DECODERS)
 
 
 def drawn(architecture: str) -> Any:
     """A tiny model with every parameter drawn, norms and biases too."""
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    model = model_from_config(loom_config(architecture, **sizes, max_position_embeddings=64))
+    if architecture == "albert":
+        sizes["embedding_size"] = 16
+    if architecture == "qwen3":
+        sizes |= {"num_key_value_heads": 1, "head_dim": 16}
+    return randomized(model_from_config(loom_config(architecture, **sizes, max_position_embeddings=64)))
+
+
+def randomized(model: Any) -> Any:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,7 +50,7 @@ def test_export_then_import(architecture: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(read_state(tmp_path / "out"))
-    auto = AutoModelForCausalLM if architecture in ("gpt2", "llama") else AutoModelForMaskedLM
+    auto = AutoModelForCausalLM if architecture in DECODERS else AutoModelForMaskedLM
     stock, report = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -84,10 +92,40 @@ def test_shares_of_a_model_are_one_model_directory(architecture: str, tmp_path: 
     read = store.read(model_from_config(model.config), tmp_path)
     for name, tensor in weights.items():
         assert torch.equal(read[name], tensor), name
-    auto = AutoModelForCausalLM if architecture in ("gpt2", "llama") else AutoModelForMaskedLM
+    auto = AutoModelForCausalLM if architecture in DECODERS else AutoModelForMaskedLM
     _, report = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("sharing", ["tied", "gradient_disentangled", "none"])
+def test_a_checkpoint_holds_a_detector_with_its_generator_and_an_export_the_detector(
+    sharing: str, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = loom_config("electra", **sizes, embedding_size=16, max_position_embeddings=64, intermediate_size=40)
+    config.generator_size, config.rtd_sharing = 0.5, sharing
+    model = randomized(model_class(config, "replaced_token_detection")(config))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    checkpoint, store = tmp_path / "checkpoint", PublishedStore()
+    checkpoint.mkdir()
+    store.write(model, weights, checkpoint)
+    read = store.read(model, checkpoint)
+    assert set(read) == set(weights)
+    assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+    if sharing == "gradient_disentangled":  # one process writes what is added up
+        assert ["embedding_delta.weight", "generator.model.embed_tokens.weight"] in map(
+            sorted, store.together(model, weights)
+        )
+    stock, report = AutoModelForPreTraining.from_pretrained(checkpoint, output_loading_info=True)
+    assert type(stock).__name__ == "ElectraForPreTraining"
+    assert not report["missing_keys"]
+    assert all(name.startswith(("generator.", "embedding_delta.")) for name in report["unexpected_keys"])
+    ids = torch.arange(1, 21).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.allclose(stock.eval()(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
+    assert export_model(checkpoint, tmp_path / "out").difference <= 1e-5
+    assert {name.split(".")[0] for name in read_state(tmp_path / "out")} == {"electra", "discriminator_predictions"}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -148,8 +186,8 @@ def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_model(drawn("gpt2"), source)
     read = verb.read_stock
 
-    def altered(directory: Path) -> Any:
-        model = read(directory)
+    def altered(directory: Path, **keys: Any) -> Any:
+        model = read(directory, **keys)
         with torch.no_grad():
             model.transformer.h[1].mlp.c_fc.bias[0] += 0.5
         return model

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from pretrain.files import (
     HashingWriter,
     commit_directory,
     lock_directory,
+    manifest_bytes,
     read_manifest,
     remove_leftovers,
     replace_file,
@@ -177,6 +179,17 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_manifest(tmp_path, "thing")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "..", ".", "", "a//b", "a/./b", "a/", "x\0y"])
+def test_a_manifest_that_names_what_lies_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    """It may have come from a store that somebody else can write."""
+    manifest = write_manifest(tmp_path, kind="data", config={}, files={"a/b..c": "0" * 64})
+    assert list(read_manifest(tmp_path, "data").files) == ["a/b..c"]
+    evil = replace(manifest, files={name: "0" * 64})
+    (tmp_path / "manifest.json").write_bytes(manifest_bytes(evil))
+    with pytest.raises(ArtifactError, match="names no file below the directory"):
+        read_manifest(tmp_path, "data")
 
 
 def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:

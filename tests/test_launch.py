@@ -363,7 +363,7 @@ def test_what_a_supervisor_knows_of_a_store(config: RunConfig, tmp_path: Path) -
     directory = config.directory / "train"
     directory.mkdir()
     saved = SimpleNamespace(step=6, run_id="a")
-    Stored(Store.at(to).below("run"), directory, to).settle(saved, best=False, keep=1)  # type: ignore[arg-type]
+    Stored(Store.at(to).below("run"), directory, to).settle(saved, best=None, keep=1)  # type: ignore[arg-type]
     history.failed(Place("the start"), 9)
     assert (history.saved, len(history.failures)) == (6, 1)
     assert history.from_where() == f"the newest checkpoint in {to}/run, of step 6"

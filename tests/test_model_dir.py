@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.files import ArtifactError
-from pretrain.model_dir import read_config, read_loom, read_stock, write_model
-from pretrain.models import LoomDecoderForCausalLM, LoomEncoderForMaskedLM, loom_config, model_class, register_hub_code
+from pretrain.interop import HOMES
+from pretrain.model_dir import read_config, read_loom, read_stock, stored_task, write_model
+from pretrain.models import (
+    LoomDecoderForCausalLM,
+    LoomEncoderForMaskedLM,
+    loom_config,
+    model_class,
+    register_hub_code,
+    task_of,
+)
 
 IDS = torch.arange(1, 21).reshape(2, 10)
 SIZES: dict[str, Any] = {
@@ -26,6 +34,9 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
+HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+IDS_OF_ROLES = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ALL_ROLES = IDS_OF_ROLES | {"cls_token_id": 1, "sep_token_id": 2}
 
 
 def config_of(architecture: str, **keys: Any) -> Any:
@@ -130,9 +141,85 @@ def test_half_precision_comes_back_as_fp32(tied: bool, dtype: torch.dtype, tmp_p
     assert_same_logits(loom, transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("architecture", ["bert", "modernbert", "gpt2", "llama"])
+def with_old_buffers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Position ids as a buffer, as releases before 2023 hold them, and a head that is stored beside its table."""
+    stack = next(iter(state)).split(".")[0]
+    ids = torch.arange(34)[None]
+    return state | {f"{stack}.embeddings.position_ids": ids}
+
+
+def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("roberta."): tensor for name, tensor in state.items()}
+
+
+RELEASED = [
+    ("RobertaForMaskedLM", transformers.RobertaConfig(**SIZES, pad_token_id=0), with_old_buffers),
+    ("RobertaForMaskedLM", transformers.RobertaConfig(**SIZES, pad_token_id=21), without_prefix),
+    ("ElectraForMaskedLM", transformers.ElectraConfig(**SIZES, embedding_size=10), with_old_buffers),
+    ("AlbertForMaskedLM", transformers.AlbertConfig(**SIZES, embedding_size=10), with_old_buffers),
+    ("AlbertForPreTraining", transformers.AlbertConfig(**SIZES, embedding_size=10), dict),
+    ("EuroBertForMaskedLM", transformers.EuroBertConfig(**SIZES, **IDS_OF_ROLES), dict),
+    ("Qwen3ForCausalLM", transformers.Qwen3Config(**SIZES, **HEADS, tie_word_embeddings=True), dict),
+    ("ModernBertForMaskedLM", transformers.ModernBertConfig(**SIZES, **ALL_ROLES), dict),
+    ("ModernBertDecoderForCausalLM", transformers.ModernBertDecoderConfig(**SIZES, **IDS_OF_ROLES), dict),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "change"), RELEASED)
+def test_released_layouts_read(name: str, config: Any, change: Any, tmp_path: Path) -> None:
+    stock = saved(getattr(transformers, name)(config), tmp_path)
+    rewrite(tmp_path, change)
+    loom = read_loom(tmp_path)
+    assert_same_logits(loom, stock)
+    assert loom.config.architecture == config.model_type
+
+
+def test_a_config_of_transformers_4_reads_alike(tmp_path: Path) -> None:
+    """Rotary bases and patterns by the keys of version 4, which released models have."""
+    config = transformers.ModernBertConfig(**SIZES, **ALL_ROLES, local_attention=6)
+    stock = saved(transformers.ModernBertForMaskedLM(config), tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_parameters", "layer_types"):
+        del entries[key]
+    more = {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "global_attn_every_n_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(entries | more))
+    assert_same_logits(read_loom(tmp_path), stock)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "task"),
+    [
+        ("BertForPreTraining", transformers.BertConfig(**SIZES), "sentence_pretraining"),
+        ("AlbertForPreTraining", transformers.AlbertConfig(**SIZES, embedding_size=10), "sentence_pretraining"),
+        ("ElectraForPreTraining", transformers.ElectraConfig(**SIZES, embedding_size=10), "replaced_token_detection"),
+    ],
+)
+def test_other_classes_of_pretraining_are_read_whole(name: str, config: Any, task: str, tmp_path: Path) -> None:
+    saved(getattr(transformers, name)(config), tmp_path / "stock")
+    assert stored_task(read_config(tmp_path / "stock")) == task
+    notes: list[str] = []
+    loom = read_loom(tmp_path / "stock", task=task, note=notes.append)
+    assert notes == []
+    assert task_of(loom) == task
+    (tmp_path / "again").mkdir()
+    write_model(loom, tmp_path / "again")
+    given, written = (load_file(tmp_path / form / "model.safetensors") for form in ("stock", "again"))
+    assert given.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in given.items())
+    register_hub_code(loom)
+    loom.save_pretrained(tmp_path / "loom")
+    own = read_loom(tmp_path / "loom", task=stored_task(read_config(tmp_path / "loom")))
+    assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in loom.state_dict().items())
+    assert type(read_stock(tmp_path / "again", task=task)).__name__ == name
+    if task == "replaced_token_detection":
+        with pytest.raises(ArtifactError, match="has no language-model head"):
+            read_loom(tmp_path / "stock")
+
+
+@pytest.mark.parametrize("architecture", [name for name, home in HOMES.items() if home.kind != "seq2seq"])
 def test_our_own_form_and_the_stock_form_read_alike(architecture: str, tmp_path: Path) -> None:
-    config = loom_config(architecture, **SIZES)
+    more = {"albert": {"embedding_size": 10}, "qwen3": HEADS}.get(architecture, {})
+    config = loom_config(architecture, **SIZES, **more)
     loom = drawn(model_class(config)(config))
     (tmp_path / "stock").mkdir()
     write_model(loom, tmp_path / "stock")
@@ -210,10 +297,10 @@ def test_a_head_that_differs_though_tied_is_refused(form: str, tmp_path: Path) -
 
 
 def test_an_architecture_that_we_do_not_hold_is_refused_before_its_weights(tmp_path: Path) -> None:
-    transformers.T5Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 't5'"):
+    transformers.DebertaV2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type 'deberta-v2'"):
         read_loom(tmp_path)
-    config_of("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}).save_pretrained(
+    config_of("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}).save_pretrained(
         tmp_path
     )
     with pytest.raises(ValueError, match="rope_parameters"):

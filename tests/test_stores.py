@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +80,59 @@ def test_what_does_not_pass_is_one_error(
     with pytest.raises(StoreError, match=rf"run/f` could not be written: .*{str(error)[-5:]}"):
         store.put("f", tmp_path / "f")
     assert len(made) == calls
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("paramiko.ssh_exception", "SSHException"), ("smbprotocol.exceptions", "SMBException"), ("ftplib", "Error"),
+     ("webdav4.client", "ClientError")],
+)  # fmt: skip
+def test_errors_of_backends_that_are_no_os_errors_are_known(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    foreign = type(name, (Exception,), {})
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: foreign}))  # type: ignore[arg-type]
+    (tmp_path / "f").write_bytes(b"x")
+    calls = failing(store, monkeypatch, "put_file", foreign("channel closed"), 2)
+    store.put("f", tmp_path / "f")
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("scheme", ["file://", ""])
+def test_on_a_disk_a_file_is_whole_and_flushed_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    store = Store.at(f"{scheme}{tmp_path}/store").below("run")
+    (tmp_path / "f").write_bytes(b"new and longer")
+    target = tmp_path / "store" / "run" / "deep" / "f"
+    flushed: list[int] = []
+    plain = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        plain(descriptor)
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for write in (lambda: store.put("deep/f", tmp_path / "f"), lambda: store.put_bytes("deep/f", b"new")):
+        flushed.clear()
+        write()
+        places = {path: path.stat().st_ino for path in (target, target.parent)}
+        assert flushed.index(places[target]) < len(flushed) - 1 - flushed[::-1].index(places[target.parent])
+    assert {path.stat().st_ino for path in (tmp_path / "store", tmp_path)} & set(flushed) == set(), "they were there"
+    flushed.clear()
+    store.delete("deep/f")
+    assert flushed == [target.parent.stat().st_ino]
+    store.put_bytes("deep/f", b"old")
+
+    def cut_short(source: str, place: str) -> None:
+        Path(place).write_bytes(b"ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.filesystem, "put_file", cut_short, raising=False)
+    with pytest.raises(StoreError, match="No space left"):
+        store.put("deep/f", tmp_path / "f")
+    assert store.list() == ["deep/f"]
+    assert store.read("deep/f") == b"old"
 
 
 def test_half_a_file_is_sent_again(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,15 @@ and `looking` beside them. What must not: models, torch, the loop.
         |  keeping      filters, decontamination, deduplication
         |  preparing    parts of the work, who does it, which documents are held out for validation
         v
-     shards             tokens on disk: part-00000.ds (ids) + .ds.index (document ends); verification looks at them
+     shards             tokens on disk: part-00000.ds (ids) + .ds.index (document ends), and where an objective wants
+        |               them .ds.marks (where words and sentences start); verification looks at them
         |  packing      lengths -> a plan: which piece of which document lies in which row
         v
-     rows               plan + shards -> ids, positions, document numbers, each (rows, length)
+     rows               plan + shards -> ids, positions, document numbers, each (rows, length); or pieces, of which
+        |               an objective makes the rows itself (pairs of segments, an encoder-decoder's two rows)
         |  mixture      sample g -> source, in O(1)
         |  order        sample g of a source -> (epoch, row), in O(1)
-        |  objectives   rows + hashed draws -> inputs and targets
+        |  objectives   rows or pieces + hashed draws -> inputs and targets, one registry
         v
      loader             step -> Batch, a pure function of (data, seed, step)
 """

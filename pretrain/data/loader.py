@@ -8,13 +8,13 @@ State is three values: a fingerprint of all that decides the batches, the seed, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pretrain.config import ObjectiveConfig, RunConfig
+from pretrain.config import RunConfig
+from pretrain.config_objective import ObjectiveConfig
 from pretrain.data.batches import Batch, LoadedSplit, check_tokenizer, layout_of, make_batch
 from pretrain.data.mixture import MANY_EPOCHS, Mixture, Weights, plan_mixture
 from pretrain.data.objectives import (
@@ -57,7 +57,8 @@ class DataPlane:
         if sum(self.rows) == 0:
             raise ArtifactError(f"`{splits[0].name}` holds no tokens; check the text and prepare it again")
         self.splits = tuple(splits)
-        self._kind, self._objective_config = objective.kind, objective
+        self._objective_config = objective
+        self._samples: int | None = None  # of the whole run, once it is known
         self._objective = make_objective(objective)
         self._seeds = np.array([source_seed(seed, name) for name in self.sources], dtype=np.int64)
         self._bounds: IntArray = np.cumsum([0, *self.rows], dtype=np.int64)
@@ -77,6 +78,7 @@ class DataPlane:
         seed: int = 0,
         layout: Layout | None = None,
         max_documents_per_row: int = 64,
+        target_length: int | None = None,
         tokenizer_directory: Path | None = None,
         weights: Weights | None = None,
         keep_plan: bool = True,
@@ -90,8 +92,9 @@ class DataPlane:
             sequence_length: positions a row.
             rows_per_batch: rows a step, over all processes.
             seed: of the order and of every draw.
-            layout: where special tokens go; by default that of the objective (mlm: encoder, else decoder).
+            layout: the kind of model, where it is known: an objective of one's own has rows of that kind.
             max_documents_per_row: at most this many pieces a row.
+            target_length: positions of an encoder-decoder's output; by default as many as the objective needs.
             tokenizer_directory: when given, must be the tokenizer that the data was prepared with.
             weights: of the sources, where rows are not to be drawn alike.
             keep_plan: write a new packing plan beside the shards; False writes nothing.
@@ -105,9 +108,17 @@ class DataPlane:
             check_tokenizer(manifest, tokenizer_directory, directory)
         names = [name for name in manifest.facts["splits"] if name.startswith(f"{split}-")] if split == TRAIN else []
         names = [split, *names] if split in manifest.facts["splits"] or not names else names
-        chosen = layout or layout_of(objective)
         loaded = [
-            LoadedSplit(directory, name, chosen, sequence_length, max_documents_per_row, keep_plan=keep_plan)
+            LoadedSplit(
+                directory,
+                name,
+                layout_of(objective, layout),
+                sequence_length,
+                max_documents_per_row,
+                objective=objective,
+                target_length=target_length,
+                keep_plan=keep_plan,
+            )
             for name in names
         ]
         for part in loaded:
@@ -126,6 +137,7 @@ class DataPlane:
             seed=config.train.seed,
             layout=config.kind,
             max_documents_per_row=config.data.max_documents_per_row,
+            target_length=config.data.target_length,
             tokenizer_directory=config.directory / "tokenizer",
             weights=Weights.of(config.data) if split == TRAIN else None,
             keep_plan=keep_plan,
@@ -138,7 +150,7 @@ class DataPlane:
             ValueError: when phases do not fit the run, or every source is used up before its end.
         """
         self._mix(total_steps)
-        samples = total_steps * self.rows_per_batch
+        self._samples = samples = total_steps * self.rows_per_batch
         if self.mixture is None:
             epochs = {"": samples / self.num_rows}
         else:
@@ -149,7 +161,7 @@ class DataPlane:
                     "or add text"
                 )
             epochs = self.mixture.epochs(samples)
-        lines = []
+        lines = self._left_out()
         if self.mixture is not None and self.mixture.stretches[-1].start >= samples:
             lines.append(
                 f"data.phases: the run ends after {total_steps:,} steps, before the last phase or the end of a source "
@@ -160,6 +172,15 @@ class DataPlane:
             f"{MANY_EPOCHS:g} repeated text teaches little: add text" + (", or lower its weight" if name else "")
             for name, count in epochs.items()
             if count > MANY_EPOCHS
+        ]
+
+    def _left_out(self) -> list[str]:
+        """What a person should know about pairs that are in no row."""
+        return [
+            f"{split.name}: {split.plan.left_out:,} of {len(split.plan.pieces) + split.plan.left_out:,} pairs are "
+            "longer than data.sequence_length or data.target_length, and left out"
+            for split in self.splits
+            if split.plan.left_out
         ]
 
     def _mix(self, total_steps: int | None) -> None:
@@ -190,6 +211,7 @@ class DataPlane:
             sequence_length=config.data.sequence_length,
             layout=config.kind,
             max_documents_per_row=config.data.max_documents_per_row,
+            target_length=config.data.target_length,
         )
 
     @property
@@ -211,11 +233,12 @@ class DataPlane:
         return make_batch(
             self.splits,
             self._objective,
-            self._kind,
+            self._objective_config,
             sources=sources,
             epochs=epochs,
             rows=plan_rows,
             seeds=self._seeds[sources],
+            progress=np.minimum(samples / self._samples, 1.0) if self._samples else None,
             dropout_keys=self.dropout_keys,
         )
 
@@ -236,14 +259,18 @@ class DataPlane:
         """All that decides the batches but the seed, by name, so that a difference can be told."""
         first = self.splits[0]
         opening, closing = special_pair(first.plan.spec.layout, first.tokens)
-        shards = {
-            split.source: sha256_json([[shard.digest, shard.index_digest] for shard in split.shards])
-            for split in self.splits
-        }
+        marked = self._objective_config.needs_marks
+        shards = {}
+        for split in self.splits:
+            digests = [[shard.digest, shard.index_digest, shard.marks_digest] for shard in split.shards]
+            shards[split.source] = sha256_json(digests if marked else [two[:2] for two in digests])
+        special = {"opening": opening, "closing": closing, **first.tokens.facts()["special_ids"]}
+        if first.plan.spec.corruption_rate is not None:
+            special["sentinels"] = list(first.tokens.sentinels)
         return {
             "shards": shards,
-            "packing": asdict(first.plan.spec),
-            "special ids": {"opening": opening, "closing": closing, **first.tokens.facts()["special_ids"]},
+            "packing": first.plan.spec.facts(),
+            "special ids": special,
             "objective": objective_identity(self._objective_config, self._objective),
             "mixture": self.mixture.facts() if self.mixture is not None else None,
         }

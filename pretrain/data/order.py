@@ -9,7 +9,7 @@ The stream of samples has no end: sample g is row pi(seed, epoch)(g mod N) of ep
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 _ROUNDS = 6
 _STRETCH = 4096  # samples whose rows are worked out together: for one alone the calls cost more than the work
@@ -126,13 +127,23 @@ class Draws:
         """64 random bits for each position: (B, L)."""
         return mix(self._keys(purpose)[:, None] + self._steps)
 
-    def below(self, purpose: str, share: float) -> npt.NDArray[np.bool_]:
-        """`below(bits(purpose), share)`, (B, L), without holding the bits of all rows at once."""
+    def over(self, sequence_length: int) -> Draws:
+        """The draws of the same rows where they have another number of positions; those that both have are equal."""
+        return replace(self, sequence_length=sequence_length)
+
+    def of(self, places: IntArray) -> Draws:
+        """The draws of some of the rows."""
+        seed = self.seed if isinstance(self.seed, int) else self.seed[places]
+        return Draws(seed, self.epochs[places], self.rows[places], self.sequence_length)
+
+    def below(self, purpose: str, share: float | FloatArray) -> npt.NDArray[np.bool_]:
+        """`below(bits(purpose), share)`, (B, L), without holding the bits of all rows at once; `share` may be (B,)."""
         keys = self._keys(purpose)[:, None]
         out = np.empty((len(keys), self.sequence_length), dtype=np.bool_)
         rows = max(1, _BLOCK_POSITIONS // self.sequence_length)
         for start in range(0, len(keys), rows):
-            out[start : start + rows] = below(mix(keys[start : start + rows] + self._steps), share)
+            part = share if isinstance(share, float | int) else share[start : start + rows, None]
+            out[start : start + rows] = below(mix(keys[start : start + rows] + self._steps), part)
         return out
 
     def bits_at(self, purpose: str, places: IntArray) -> U64:
@@ -158,8 +169,10 @@ class Draws:
         return np.arange(self.sequence_length, dtype=np.uint64) * _GOLDEN
 
 
-def below(bits: U64, share: float) -> npt.NDArray[np.bool_]:
-    """True with probability `share`: where the bits, as a fraction of 2^64, are below it."""
+def below(bits: U64, share: float | FloatArray) -> npt.NDArray[np.bool_]:
+    """True with probability `share`: where the bits, as a fraction of 2^64, are below it. Those of an array are < 1."""
+    if isinstance(share, np.ndarray):
+        return bits < (share * 2.0**64).astype(np.uint64)
     if share >= 1.0:
         return np.ones(bits.shape, dtype=np.bool_)
     return bits < np.uint64(int(share * 2**64))

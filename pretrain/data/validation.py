@@ -11,12 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.config import ObjectiveConfig
+from pretrain.config_objective import ObjectiveConfig
 from pretrain.data.batches import Batch, LoadedSplit, layout_of, make_batch
-from pretrain.data.objectives import (
-    EVALUATION_MLM,
-    make_objective,
-)
+from pretrain.data.objectives import evaluation_objective, make_objective
 from pretrain.data.order import IntArray, rows_of_samples
 from pretrain.data.packing import Layout
 from pretrain.data.shards import VALIDATION
@@ -41,7 +38,8 @@ class ValidationPass:
 class ValidationData:
     """A validation split: each row once, in a fixed order, with masks that are the same in every run.
 
-    Masked models are scored at a rate of 15% (80% [MASK], 10% random, 10% kept), whatever the training rate.
+    Masked models are scored at a rate of 15% (80% [MASK], 10% random, 10% kept), token by token and without pairs of
+    segments, however they train.
     A batch has `batch_tokens` positions at most (one row at least), so that scoring needs no more memory than training
     did; the rows and their masks do not depend on it.
     """
@@ -51,8 +49,8 @@ class ValidationData:
     ) -> None:
         self.rows_per_batch = max(1, batch_tokens // split.plan.spec.sequence_length)
         self._split = split
-        self._kind = objective.kind
-        self._objective = make_objective(EVALUATION_MLM if objective.kind == "mlm" else objective)
+        self._config = evaluation_objective(objective)
+        self._objective = make_objective(self._config)
         self.num_rows = split.plan.num_rows
 
     @classmethod
@@ -66,9 +64,19 @@ class ValidationData:
         batch_tokens: int = VALIDATION_BATCH_TOKENS,
         layout: Layout | None = None,
         max_documents_per_row: int = 64,
+        target_length: int | None = None,
     ) -> ValidationData:
         """The validation data of `directory`/`split`; arguments and errors as of `DataPlane.from_directory`."""
-        loaded = LoadedSplit(directory, split, layout or layout_of(objective), sequence_length, max_documents_per_row)
+        scored_by = evaluation_objective(objective)
+        loaded = LoadedSplit(
+            directory,
+            split,
+            layout_of(scored_by, layout),
+            sequence_length,
+            max_documents_per_row,
+            objective=scored_by,
+            target_length=target_length,
+        )
         loaded.model_kind = layout
         return cls(loaded, objective, batch_tokens=batch_tokens)
 
@@ -100,7 +108,7 @@ class ValidationData:
             yield make_batch(
                 [self._split],
                 self._objective,
-                self._kind,
+                self._config,
                 sources=none,
                 epochs=none,
                 rows=part,

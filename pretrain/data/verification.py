@@ -36,7 +36,7 @@ from pretrain.data.reading.sources import (
     stdlib_corpus,
     with_index,
 )
-from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, token_dtype
+from pretrain.data.shards import INDEX_SUFFIX, MARKS_SUFFIX, TOKENS_SUFFIX, digests_of, token_dtype
 from pretrain.files import ArtifactError, Manifest, bytes_in, read_manifest
 
 _BLOCK = 1 << 20
@@ -113,11 +113,13 @@ def verify_tokenizer(directory: Path) -> None:
 def _shards(directory: Path, manifest: Manifest, dtype: np.dtype[Any]) -> Iterator[_File]:
     for split in manifest.facts["splits"].values():
         for shard in split["shards"]:
-            tokens, index = shard["name"] + TOKENS_SUFFIX, shard["name"] + INDEX_SUFFIX
-            for name, digest, size, ids in (
-                (tokens, shard["digest"], shard["tokens"] * dtype.itemsize, dtype),
-                (index, shard["index_digest"], shard["documents"] * 8, None),
-            ):
+            sizes = {
+                TOKENS_SUFFIX: (shard["tokens"] * dtype.itemsize, dtype),
+                INDEX_SUFFIX: (shard["documents"] * 8, None),
+                MARKS_SUFFIX: (shard["tokens"], None),
+            }
+            for name, digest in digests_of(shard).items():
+                size, ids = sizes[name.removeprefix(shard["name"])]
                 if manifest.files.get(name, digest) != digest:
                     raise ArtifactError(
                         f"`{directory}`: its manifest contradicts itself about {name}; prepare it again"
@@ -126,7 +128,7 @@ def _shards(directory: Path, manifest: Manifest, dtype: np.dtype[Any]) -> Iterat
 
 
 def _others(directory: Path, manifest: Manifest) -> Iterator[_File]:
-    shards = (TOKENS_SUFFIX, INDEX_SUFFIX)
+    shards = (TOKENS_SUFFIX, INDEX_SUFFIX, MARKS_SUFFIX)
     for name, digest in manifest.files.items():
         if not name.endswith(shards):
             yield _File(directory / name, digest)

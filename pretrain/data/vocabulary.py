@@ -23,7 +23,7 @@ class SpecialIds:
     """Special ids by role (None where the tokenizer has none).
 
     `special` are all ids that stand for no text, padding of the vocabulary included: never masked, never drawn as a
-    random replacement. `vocab_size` counts all ids.
+    random replacement. `vocab_size` counts all ids. `sentinels` are those of <extra_id_0>, <extra_id_1>, ...
     """
 
     vocab_size: int
@@ -35,6 +35,7 @@ class SpecialIds:
     mask: int | None = None
     bos: int | None = None
     eos: int | None = None
+    sentinels: tuple[int, ...] = ()
     is_special: npt.NDArray[np.bool_] = field(init=False, repr=False, compare=False)
     replaceable: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
@@ -58,12 +59,14 @@ class SpecialIds:
     def facts(self) -> dict[str, Any]:
         """Plain data, for a manifest."""
         roles = {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
-        return {"vocab_size": self.vocab_size, "special_ids": roles, "all_special_ids": list(self.special)}
+        facts = {"vocab_size": self.vocab_size, "special_ids": roles, "all_special_ids": list(self.special)}
+        return facts | ({"sentinel_ids": list(self.sentinels)} if self.sentinels else {})
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> SpecialIds:
         """What `facts` wrote."""
-        return cls(facts["vocab_size"], tuple(facts["all_special_ids"]), **facts["special_ids"])
+        sentinels = tuple(facts.get("sentinel_ids", ()))
+        return cls(facts["vocab_size"], tuple(facts["all_special_ids"]), sentinels=sentinels, **facts["special_ids"])
 
 
 def read_vocabulary(directory: Path) -> SpecialIds:
@@ -95,7 +98,20 @@ def read_vocabulary(directory: Path) -> SpecialIds:
         else:
             raise ArtifactError(f"`{directory}`: {role}_token `{content}` is not in the vocabulary")
     special = {token["id"] for token in added.values() if token["special"]} | set(roles.values())
-    return SpecialIds(size, tuple(sorted(special)), **roles)
+    return SpecialIds(size, tuple(sorted(special)), sentinels=_sentinels(added), **roles)
+
+
+def sentinel(number: int) -> str:
+    """The token that stands for the span of that number, as T5's vocabulary writes it."""
+    return f"<extra_id_{number}>"
+
+
+def _sentinels(added: dict[str, Any]) -> tuple[int, ...]:
+    """Ids of the sentinels from the first up to where the tokenizer has no further one."""
+    ids: list[int] = []
+    while (token := added.get(sentinel(len(ids)))) is not None and token["special"]:
+        ids.append(token["id"])
+    return tuple(ids)
 
 
 @dataclass(frozen=True)

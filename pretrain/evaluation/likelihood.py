@@ -56,8 +56,9 @@ def evaluate_batches(
     Args:
         model: a Loom model, or a stock class when rows hold one document each.
         batches: numpy or torch dicts, or objects that hold one as `arrays`, with `input_ids` (B, L) and either
-            `labels` (masked language modelling) or `shift_labels` (causal, already shifted), and where rows are
-            packed `position_ids` and `document_ids`.
+            `labels` (masked language modelling, detection of replaced tokens) or `shift_labels` (causal, already
+            shifted), and where rows are packed `position_ids` and `document_ids`. Of an encoder-decoder also
+            `decoder_input_ids` and `labels` (B, T), with position and document ids of their own.
         device: where the model is.
         autocast: bf16 or fp16 for the arithmetic, None for the weights' own.
         num_bytes: UTF-8 bytes of the text that the targets cover; default: what `batches.num_bytes` says, if it does.
@@ -65,25 +66,29 @@ def evaluate_batches(
 
     Returns:
         `loss` (nats a target), `num_targets`; for masked batches `accuracy`; for causal ones `bits_per_byte`, where
-        the bytes are known. Bits per byte count every target, so the EOS of each document too.
+        the bytes are known. Bits per byte count every target, so the EOS of each document too. A detector of replaced
+        tokens has `generator_loss` (nats a masked token), `discriminator_loss` (nats a token), `accuracy` (of its
+        verdicts), and as `loss` their weighted sum, which it is trained on.
 
     Raises:
         ValueError: when no batch has a target, or a stock class is given packed rows.
     """
     place = torch.device(device)
     num_bytes = num_bytes if num_bytes is not None else getattr(batches, "num_bytes", None)
-    total, hits, count, masked = 0.0, 0.0, 0.0, False
+    total, hits, count, masked, name = 0.0, 0.0, 0.0, False, ""
+    if getattr(bare(model), "generator", None) is not None:
+        return _detection_scores(model, batches, place, autocast, ranks or Ranks.alone())
     with Passes(place, autocast).of(model):
         for batch in batches:
-            arrays: Mapping[str, np.ndarray | Tensor | None] = getattr(batch, "arrays", batch)
-            tensors = {key: torch.as_tensor(value).to(place) for key, value in arrays.items() if value is not None}
-            masked = "labels" in tensors and "shift_labels" not in tensors
-            targets = tensors.pop("labels" if masked else "shift_labels")
+            tensors = _on_device(batch, place)
+            name = "shift_labels" if "shift_labels" in tensors else "labels"
+            masked = name == "labels" and "decoder_input_ids" not in tensors
+            targets = tensors.pop(name)
             tensors.pop("labels", None)
             number = int((targets != IGNORE).sum())
             if _is_packable(model) and not masked:
                 # The fused head and loss: the logits of the whole batch never exist at once.
-                output = model(**tensors, shift_labels=targets, num_items_in_batch=1, return_logits=False)
+                output = model(**tensors, **{name: targets}, num_items_in_batch=1, return_logits=False)
                 total += float(output.loss)
             elif not number and ranks is not None and ranks.world > 1:
                 model(**_for_forward(model, tensors))  # nothing to score, but sharded engines meet in each pass
@@ -98,9 +103,43 @@ def evaluate_batches(
     scores: dict[str, float] = {"loss": total / count, "num_targets": int(count)}
     if masked:
         scores["accuracy"] = hits / count
-    elif num_bytes:
+    elif num_bytes and name == "shift_labels":
         scores["bits_per_byte"] = total / math.log(2) / num_bytes
     return scores
+
+
+def _on_device(batch: Any, place: torch.device) -> dict[str, Tensor]:
+    arrays: Mapping[str, np.ndarray | Tensor | None] = getattr(batch, "arrays", batch)
+    return {key: torch.as_tensor(value).to(place) for key, value in arrays.items() if value is not None}
+
+
+def _detection_scores(
+    model: nn.Module, batches: Iterable[Any], place: torch.device, autocast: torch.dtype | None, ranks: Ranks
+) -> dict[str, float]:
+    """Scores of a detector of replaced tokens with its generator."""
+    sums = [0.0] * 5  # generator's loss, detection's loss, right verdicts, masked tokens, tokens
+    with Passes(place, autocast).of(model):
+        for batch in batches:
+            tensors = _on_device(batch, place)
+            output = model(**tensors, num_items_in_batch=1, item_counts={"tokens": 1})
+            number = int((tensors["labels"] != IGNORE).sum())
+            if not number:
+                continue  # an idle batch, or one without a masked token: nothing was replaced
+            real = tensors["document_ids"] != 0 if "document_ids" in tensors else torch.ones_like(output.is_replaced)
+            right = ((output.logits > 0) == output.is_replaced) & real
+            found = (output.generator_loss, output.discriminator_loss, right.sum(), number, real.sum())
+            sums = [total + float(more) for total, more in zip(sums, found, strict=True)]
+    generator, detection, right_ones, masked, tokens = ranks.sum(sums)
+    if not masked:
+        raise ValueError("there is nothing to score: no batch has a target; give more validation text")
+    weight: Any = getattr(bare(model).config, "rtd_weight", 1.0)
+    return {
+        "loss": generator / masked + weight * detection / tokens,
+        "generator_loss": generator / masked,
+        "discriminator_loss": detection / tokens,
+        "accuracy": right_ones / tokens,
+        "num_targets": int(masked),
+    }
 
 
 def share_of_batches(batches: Iterable[Mapping[str, np.ndarray]], ranks: Ranks) -> Iterator[Mapping[str, np.ndarray]]:
@@ -124,7 +163,8 @@ def _for_forward(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
     if _is_packable(model) or "document_ids" not in tensors:
         return tensors
     rest = dict(tensors)
-    if not bool((rest.pop("document_ids") == 1).all()):
+    documents = [rest.pop(name) for name in ("document_ids", "decoder_document_ids") if name in rest]
+    if not all(bool((numbers == 1).all()) for numbers in documents):
         raise ValueError(
             f"{type(model).__name__} cannot keep the documents of a packed row apart; "
             "use data.max_documents_per_row: 1 with rows that are full, or a Loom model"

@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -27,10 +33,15 @@ from transformers.utils import logging
 import pretrain.models  # noqa: F401 (registers the Loom classes with the Auto classes)
 from pretrain.files import ArtifactError, sha256_file
 
-Kind = Literal["causal", "mlm"]
+Kind = Literal["causal", "mlm", "seq2seq"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 _OWN_CODE = "it carries its own code: read it, then allow it with --trust-remote-code"
+_AUTO_CLASSES: dict[Kind, Any] = {
+    "causal": AutoModelForCausalLM,
+    "mlm": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
 _UNLIMITED = 1_000_000  # tokenizers without a stated limit carry 1e30
 
 
@@ -38,7 +49,8 @@ _UNLIMITED = 1_000_000  # tokenizers without a stated limit carry 1e30
 class LoadedModel:
     """A model and its tokenizer, in evaluation mode on `device`.
 
-    `kind` is "causal" (predicts the next token) or "mlm" (fills masks); `source` is the directory or Hub name as given.
+    `kind` is "causal" (predicts the next token), "mlm" (fills masks) or "seq2seq" (an encoder-decoder: predicts an
+    output from an input); `source` is the directory or Hub name as given.
     """
 
     model: Any
@@ -81,7 +93,7 @@ def load_model(
     Args:
         source: a directory with `config.json`, safetensors and a tokenizer, or a Hub name.
         tokenizer: where the tokenizer lies, when it is not in `source`.
-        kind: "causal", "mlm", or "auto": by the class that `config.json` names.
+        kind: "causal", "mlm", "seq2seq", or "auto": by the class that `config.json` names.
         device: "cpu", "cuda", ...; default: CUDA where there is one.
         trust_remote_code: run the code that the directory carries.
 
@@ -90,13 +102,13 @@ def load_model(
             weights are not safetensors, or when the tokenizer is missing; names the remedy.
     """
     name = str(source)
-    if kind not in ("auto", "causal", "mlm"):
-        raise ValueError(f"kind: {kind} is unknown; use auto, causal or mlm")
+    if kind not in ("auto", *_AUTO_CLASSES):
+        raise ValueError(f"kind: {kind} is unknown; use auto, {', '.join(_AUTO_CLASSES)}")
     check_source(name)
     with loading(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    decided: Kind = _kind_of(config, name) if kind == "auto" else "causal" if kind == "causal" else "mlm"
-    auto_class: Any = AutoModelForCausalLM if decided == "causal" else AutoModelForMaskedLM
+    decided = _kind_of(config, name) if kind == "auto" else cast(Kind, kind)
+    auto_class = _AUTO_CLASSES[decided]
     with loading(name, "model"):
         model, report = auto_class.from_pretrained(
             name,
@@ -185,6 +197,8 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
 def _kind_of(config: Any, name: str) -> Kind:
     """By the class that saved the weights; BERT, for one, has a class of either kind."""
     saved_by = (getattr(config, "architectures", None) or [""])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if saved_by.endswith("ForMaskedLM") or (masked and saved_by.endswith("ForPreTraining")):

@@ -55,11 +55,12 @@ class Passes:
 def _head_sees(model: nn.Module, chosen: Tensor, positions: int) -> Iterator[None]:
     """Give the output layer the chosen of all positions alone, as one row, so that no other logits are made.
 
-    A model without such a layer, or one that calls it with another shape, is left as it is.
+    A model without such a layer, or one that calls it with another shape, or with its rows rearranged, is left as it
+    is.
     """
     find_head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
-    if not isinstance(head, nn.Module):
+    if not isinstance(head, nn.Module) or getattr(model, "rearranges_rows", False):
         yield
         return
 
@@ -101,7 +102,10 @@ def target_scores(model: nn.Module, inputs: Mapping[str, Tensor], targets: Tenso
     extra = {"use_cache": False} if "use_cache" in inspect.signature(bare(model).forward).parameters else {}
     # A compiled graph would not notice the hook, so compiled models run eagerly here.
     with _head_sees(bare(model), chosen, flat.numel()), torch.compiler.set_stance("force_eager"):
-        logits = model(**inputs, **extra).logits
+        output = model(**inputs, **extra)
+    logits = getattr(output, "prediction_logits", None)  # beside a head for pairs of segments
+    if logits is None:
+        logits = output.logits
     logits = logits.reshape(-1, logits.shape[-1])  # (N or B*L, vocabulary)
     if logits.shape[0] != len(chosen):
         logits = logits.index_select(0, chosen)

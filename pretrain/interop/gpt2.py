@@ -8,52 +8,46 @@ from transformers import GPT2Config
 
 from pretrain.models import LoomDecoderConfig
 
-from .mapping import Home, Rule, Task, attention_rows, join_linear, linear, norm
+from .mapping import (
+    Home,
+    Rule,
+    Task,
+    attention_rows,
+    fields_from_stock,
+    fields_to_stock,
+    join_linear,
+    linear,
+    norm,
+    per_token_rules,
+)
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+    "hidden_dropout": "resid_pdrop",
+    "embedding_dropout": "embd_pdrop",
+    "attention_dropout": "attn_pdrop",
+    "norm_eps": "layer_norm_epsilon",
+    "initializer_range": "initializer_range",
+    "use_cache": "use_cache",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
 
 
 def _to_config(config: LoomDecoderConfig) -> GPT2Config:
-    return GPT2Config(
-        vocab_size=config.vocab_size,
-        n_embd=config.hidden_size,
-        n_inner=config.intermediate_size,
-        n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads,
-        n_positions=config.max_position_embeddings,
-        activation_function=config.hidden_act,
-        resid_pdrop=config.hidden_dropout,
-        embd_pdrop=config.embedding_dropout,
-        attn_pdrop=config.attention_dropout,
-        layer_norm_epsilon=config.norm_eps,
-        initializer_range=config.initializer_range,
-        use_cache=config.use_cache,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    return GPT2Config(**fields_to_stock(config, _FIELDS), n_inner=config.intermediate_size)
 
 
 def _from_config(stock: Any) -> LoomDecoderConfig:
-    return LoomDecoderConfig(
-        architecture="gpt2",
-        vocab_size=stock.vocab_size,
-        hidden_size=stock.n_embd,
-        intermediate_size=4 * stock.n_embd if stock.n_inner is None else stock.n_inner,
-        num_hidden_layers=stock.n_layer,
-        num_attention_heads=stock.n_head,
-        max_position_embeddings=stock.n_positions,
-        hidden_act=stock.activation_function,
-        hidden_dropout=stock.resid_pdrop,
-        embedding_dropout=stock.embd_pdrop,
-        attention_dropout=stock.attn_pdrop,
-        norm_eps=stock.layer_norm_epsilon,
-        initializer_range=stock.initializer_range,
-        use_cache=stock.use_cache,
-        bos_token_id=stock.bos_token_id,
-        eos_token_id=stock.eos_token_id,
-        pad_token_id=stock.pad_token_id,
-        tie_word_embeddings=stock.tie_word_embeddings,
-    )
+    inner = 4 * stock.n_embd if stock.n_inner is None else stock.n_inner
+    return LoomDecoderConfig(architecture="gpt2", **fields_from_stock(stock, _FIELDS), intermediate_size=inner)
 
 
 def _normal(stock: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +77,7 @@ def _rules(config: LoomDecoderConfig, task: Task, prefix: str) -> list[Rule]:
         rules.append(Rule("lm_head.weight", ("lm_head.weight",)))
     elif task == "classification":
         rules.append(Rule("score.weight", ("score.weight",)))
-    return rules
+    return rules + per_token_rules(task)
 
 
 GPT2 = Home(
@@ -94,13 +88,14 @@ GPT2 = Home(
     classes={
         "pretraining": "GPT2LMHeadModel",
         "classification": "GPT2ForSequenceClassification",
+        "token_classification": "GPT2ForTokenClassification",
+        "question_answering": "GPT2ForQuestionAnswering",
         "base": "GPT2Model",
     },
     config_type=GPT2Config,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,
-    classifier="score.weight",
     duplicates={"lm_head.weight": "transformer.wte.weight"},
     unread=(
         "summary_type",

@@ -249,23 +249,24 @@ class Job:
             if number_due := leaving.due(now):
                 self.send(number_due)
             if leaving.overdue:
-                self.kill()
-                return Ending(dict(self.codes), self._blamed(), leaving.overdue)
+                return self._killed(leaving.overdue)
             if hangs is not None and hangs():
-                self.kill()
-                return Ending(dict(self.codes), self._blamed(), "a process hung")
+                return self._killed("a process hung")
             if now - looked > _LOG_SECONDS:
                 looked = now
                 self._bound_logs()
             time.sleep(_POLL_SECONDS)
-        return Ending(dict(self.codes), self.first if self.first is not None else self._odd_one())
+        return Ending(dict(self.codes), self._blamed())
 
-    def _blamed(self) -> int:
-        assert self.first is not None, "a process that was killed has failed"
-        return self.first
+    def _killed(self, why: str) -> Ending:
+        """End those that are left. Whoever ended well before the signal came was not killed."""
+        self.kill()
+        return Ending(dict(self.codes), self._blamed(), why if self.first is not None else "")
 
-    def _odd_one(self) -> int | None:
-        """Some processes said 0 and others 75: the first that stopped. None when all agree."""
+    def _blamed(self) -> int | None:
+        """The first that failed; where some said 0 and others 75, the first that stopped; None when all agree."""
+        if self.first is not None:
+            return self.first
         return min(self.codes, key=lambda rank: -self.codes[rank]) if len(set(self.codes.values())) > 1 else None
 
     def _bound_logs(self) -> None:

@@ -12,8 +12,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
@@ -31,16 +35,20 @@ from .costs import flops_per_token, num_multiplied_parameters
 from .dropout import wants_dropout_keys
 from .losses import linear_cross_entropy
 from .modeling_loom import LoomModel, LoomPreTrainedModel
-from .modeling_loom_decoder import (
-    LoomDecoderForCausalLM,
+from .modeling_loom_decoder import LoomDecoderForCausalLM, LoomDecoderModel
+from .modeling_loom_decoder_heads import (
+    LoomDecoderForQuestionAnswering,
     LoomDecoderForSequenceClassification,
-    LoomDecoderModel,
+    LoomDecoderForTokenClassification,
 )
-from .modeling_loom_encoder import (
-    LoomEncoderForMaskedLM,
+from .modeling_loom_encoder import LoomEncoderForMaskedLM, LoomEncoderForPreTraining, LoomEncoderModel
+from .modeling_loom_heads import (
+    LoomEncoderForMultipleChoice,
+    LoomEncoderForQuestionAnswering,
     LoomEncoderForSequenceClassification,
-    LoomEncoderModel,
+    LoomEncoderForTokenClassification,
 )
+from .modeling_loom_rtd import LoomEncoderForReplacedTokenDetection, LoomReplacedTokenDetectionOutput
 from .modeling_loom_seq2seq import LoomSeq2SeqForConditionalGeneration, LoomSeq2SeqModel
 
 __all__ = [
@@ -50,14 +58,22 @@ __all__ = [
     "LoomConfig",
     "LoomDecoderConfig",
     "LoomDecoderForCausalLM",
+    "LoomDecoderForQuestionAnswering",
     "LoomDecoderForSequenceClassification",
+    "LoomDecoderForTokenClassification",
     "LoomDecoderModel",
     "LoomEncoderConfig",
     "LoomEncoderForMaskedLM",
+    "LoomEncoderForMultipleChoice",
+    "LoomEncoderForPreTraining",
+    "LoomEncoderForQuestionAnswering",
+    "LoomEncoderForReplacedTokenDetection",
     "LoomEncoderForSequenceClassification",
+    "LoomEncoderForTokenClassification",
     "LoomEncoderModel",
     "LoomModel",
     "LoomPreTrainedModel",
+    "LoomReplacedTokenDetectionOutput",
     "LoomSeq2SeqConfig",
     "LoomSeq2SeqForConditionalGeneration",
     "LoomSeq2SeqModel",
@@ -70,6 +86,7 @@ __all__ = [
     "num_multiplied_parameters",
     "pick_backend",
     "register_hub_code",
+    "task_of",
     "wants_dropout_keys",
 ]
 
@@ -78,12 +95,19 @@ _CLASSES: dict[str, dict[str, tuple[type[LoomPreTrainedModel], str]]] = {
     "encoder": {
         "base": (LoomEncoderModel, "AutoModel"),
         "pretraining": (LoomEncoderForMaskedLM, "AutoModelForMaskedLM"),
+        "sentence_pretraining": (LoomEncoderForPreTraining, "AutoModelForPreTraining"),
+        "replaced_token_detection": (LoomEncoderForReplacedTokenDetection, "AutoModelForPreTraining"),
         "classification": (LoomEncoderForSequenceClassification, "AutoModelForSequenceClassification"),
+        "token_classification": (LoomEncoderForTokenClassification, "AutoModelForTokenClassification"),
+        "question_answering": (LoomEncoderForQuestionAnswering, "AutoModelForQuestionAnswering"),
+        "multiple_choice": (LoomEncoderForMultipleChoice, "AutoModelForMultipleChoice"),
     },
     "decoder": {
         "base": (LoomDecoderModel, "AutoModel"),
         "pretraining": (LoomDecoderForCausalLM, "AutoModelForCausalLM"),
         "classification": (LoomDecoderForSequenceClassification, "AutoModelForSequenceClassification"),
+        "token_classification": (LoomDecoderForTokenClassification, "AutoModelForTokenClassification"),
+        "question_answering": (LoomDecoderForQuestionAnswering, "AutoModelForQuestionAnswering"),
     },
     "seq2seq": {
         "base": (LoomSeq2SeqModel, "AutoModel"),
@@ -93,11 +117,22 @@ _CLASSES: dict[str, dict[str, tuple[type[LoomPreTrainedModel], str]]] = {
 
 
 def model_class(config: LoomConfig, task: str = "pretraining") -> type[LoomPreTrainedModel]:
-    """The class for this config and task: "pretraining" (its language-model head), "classification" or "base"."""
+    """The class for this config and task.
+
+    Tasks: base (no head), pretraining (the language-model head), classification, token_classification,
+    question_answering, multiple_choice, sentence_pretraining (masked tokens and pairs of sentences),
+    replaced_token_detection. Raises ValueError for a task that this kind of model does not have.
+    """
     classes = _CLASSES[config.kind]
     if task not in classes:
         raise ValueError(f"unknown task {task!r} for a {config.kind}: take one of {', '.join(classes)}")
     return classes[task][0]
+
+
+def task_of(model: PreTrainedModel) -> str | None:
+    """The task of a model's class; the inverse of `model_class`. None: it is not one of ours."""
+    classes = _CLASSES[model.config.kind] if isinstance(model.config, LoomConfig) else {}
+    return next((task for task, (found, _) in classes.items() if isinstance(model, found)), None)
 
 
 def model_from_config(config: LoomConfig) -> LoomPreTrainedModel:
@@ -112,15 +147,17 @@ def model_from_config(config: LoomConfig) -> LoomPreTrainedModel:
 def register_hub_code(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` write the code of this package and an `auto_map` that finds it.
 
-    The directory then loads with `trust_remote_code=True` where this package is not installed, through AutoModel,
-    AutoModelForSequenceClassification and the model's own Auto class.
+    The directory then loads with `trust_remote_code=True` where this package is not installed, through AutoModel, the
+    Auto classes of all tasks, and the model's own.
     """
     classes = _CLASSES[model.config.kind]
     auto_map = {"AutoConfig": f"configuration_loom.{type(model.config).__name__}"}
     for found, auto_class in classes.values():
-        auto_map[auto_class] = f"{found.__module__.rsplit('.', 1)[-1]}.{found.__name__}"
         if isinstance(model, found):
             found.register_for_auto_class(auto_class)
+        elif auto_class in auto_map:  # of two classes under one name, the model's own
+            continue
+        auto_map[auto_class] = f"{found.__module__.rsplit('.', 1)[-1]}.{found.__name__}"
     type(model.config).register_for_auto_class()
     model.config.auto_map = auto_map
 
@@ -131,17 +168,28 @@ _AUTO_CLASSES = {
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
+        AutoModelForMultipleChoice,
+        AutoModelForPreTraining,
+        AutoModelForQuestionAnswering,
         AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
     )
 }
 
 
 def _register() -> None:
+    """Tell transformers' Auto classes; of several classes under one name they take the one that the config names."""
     for config_class in (LoomEncoderConfig, LoomDecoderConfig, LoomSeq2SeqConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        by_name: dict[str, list[type[LoomPreTrainedModel]]] = {}
         for found, auto_class in _CLASSES[config_class.kind].values():
-            _AUTO_CLASSES[auto_class].register(config_class, found, exist_ok=True)
+            by_name.setdefault(auto_class, []).append(found)
+        # As in transformers, pretraining means a language-model head where there is nothing else.
+        by_name.setdefault("AutoModelForPreTraining", []).append(_CLASSES[config_class.kind]["pretraining"][0])
+        for auto_class, classes in by_name.items():
+            registered = classes[0] if len(classes) == 1 else tuple(classes)
+            _AUTO_CLASSES[auto_class].register(config_class, registered, exist_ok=True)
 
 
 _register()

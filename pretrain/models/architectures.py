@@ -80,6 +80,7 @@ _BERT: dict[str, Any] = (
     | _TRANSFORM_HEAD
     | {
         "classifier_head": "pooler",
+        "classifier_pooling": "cls",
         "embedding_norm": True,
         "hidden_act": "gelu",
         "initializer": "normal",
@@ -123,8 +124,8 @@ _DOCUMENT = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 ARCHITECTURES: dict[str, Architecture] = {
     # Devlin et al. 2018 (arXiv 1810.04805); sizes of bert-base-uncased.
     "bert": Architecture("encoder", _BERT, _base(30_522, 512), _four_times, _MARKERS),
-    # Liu et al. 2019 (arXiv 1907.11692); sizes of roberta-base. Positions count from 2, as fairseq's do; one token
-    # type, which is a constant.
+    # Liu et al. 2019 (arXiv 1907.11692); sizes of roberta-base. Positions count from behind the padding id, as
+    # fairseq's do (2 where that is 1, or where there is none); one token type, which is a constant.
     "roberta": Architecture(
         "encoder",
         _BERT | {"norm_eps": 1e-5, "position_offset": 2, "type_vocab_size": 1},
@@ -146,7 +147,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Warner et al. 2024 (arXiv 2412.13663); sizes of ModernBERT-base. local_window 128 shows |i - j| <= 64.
     "modernbert": Architecture(
         "encoder",
-        _MODERNBERT | {"classifier_head": "transform", "local_rope_theta": 10_000.0},
+        _MODERNBERT | {"classifier_head": "transform", "classifier_pooling": "cls", "local_rope_theta": 10_000.0},
         _base(50_368, 8192, layers=22),
         lambda hidden_size: hidden_size * 3 // 2,
         _BOTH_MARKERS,
@@ -154,7 +155,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Boizard et al. 2025 (arXiv 2503.05500); sizes of EuroBERT-210m: Llama's block, bidirectional.
     "eurobert": Architecture(
         "encoder",
-        _LLAMA | {"classifier_head": "gelu", "rope_theta": 250_000.0},
+        _LLAMA | {"classifier_head": "gelu", "classifier_pooling": "late", "rope_theta": 250_000.0},
         _base(128_256, 8192),
         _four_times,
         _BOTH_MARKERS,
@@ -178,10 +179,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda hidden_size: 3 * hidden_size,
         _DOCUMENT,
     ),
-    # Weller et al. 2025 (Ettin, arXiv 2507.11412): ModernBERT's recipe, causal; sizes of its 150M decoder.
+    # Weller et al. 2025 (Ettin, arXiv 2507.11412): ModernBERT's recipe, causal; sizes of its 150M decoder. Its local
+    # layers look back over half of what ModernBERT's see: 64 tokens, the own among them.
     "modernbert-decoder": Architecture(
         "decoder",
-        _MODERNBERT | {"local_rope_theta": 10_000.0},
+        _MODERNBERT | {"local_rope_theta": 10_000.0, "local_window": 64},
         _base(50_368, 8192, layers=22),
         lambda hidden_size: hidden_size * 3 // 2,
         _DOCUMENT,

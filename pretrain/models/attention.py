@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from .configuration_loom import LoomConfig
 from .cpu_kernels import cpu_attention, cpu_rotary, fits_cpu_attention
+from .cuda_kernels import flex, varlen
 from .masks import AttentionMask
 from .positions import RotaryTables
 
@@ -107,7 +108,61 @@ def sdpa_attention(
     return mixed.transpose(1, 2), None
 
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"eager": eager_attention, "sdpa": sdpa_attention}
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    dropout: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's block-sparse attention, compiled; skips what documents, windows and the diagonal close.
+
+    Calls that it is not for take `sdpa_attention`: a filled cache, a caller's own 4D mask, a look at an encoder.
+    """
+    if not _in_whole_rows(mask):
+        return sdpa_attention(query, key, value, mask, scale=scale, dropout=dropout, softcap=softcap)
+    if dropout > 0.0:
+        raise ValueError("attention backend flex has no attention_dropout: take sdpa")
+    return flex(query, key, value, mask, scale, softcap).transpose(1, 2), None
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    dropout: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's flash attention over the borders of pieces: no work is spent between documents.
+
+    Calls that it is not for take `sdpa_attention`: a filled cache, a caller's own 4D mask, a look at an encoder, and
+    float32, which the kernel does not compute in.
+    """
+    if query.device.type != "cuda":
+        raise ValueError(f"attention backend varlen needs a CUDA device, this is {query.device.type}: take sdpa")
+    if not _in_whole_rows(mask) or query.dtype not in (torch.bfloat16, torch.float16):
+        return sdpa_attention(query, key, value, mask, scale=scale, dropout=dropout, softcap=softcap)
+    if dropout > 0.0 or softcap is not None or mask.position_bias is not None:
+        raise ValueError("attention backend varlen has no dropout, softcap or position bias: take sdpa or flex")
+    return varlen(query, key, value, mask, scale), None
+
+
+def _in_whole_rows(mask: AttentionMask) -> bool:
+    return mask.bias is None and mask.visibility is not None and mask.visibility.whole_rows
+
+
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    "flex": flex_attention,
+    "varlen": varlen_attention,
+}
 
 
 @dataclass(frozen=True)
@@ -119,18 +174,54 @@ class Capability:
     dropout: bool
     packed: bool  # documents of one row isolated
     padded: bool
-    additive: bool  # a caller's own 4D additive mask
+    additive: bool  # a caller's own 4D additive mask; where not, `sdpa` takes the call
     local_window: bool
     grouped_heads: bool
     position_bias: bool  # ALiBi, T5
     softcap: bool
-    speed: int  # the highest that fits is taken
+    speed: int  # the highest that fits is taken; below sdpa's: when asked for by name
+    head_dims: range | None = None  # None = any
 
 
 CAPABILITIES: dict[str, Capability] = {
     "eager": Capability(None, True, True, True, True, True, True, True, True, True, speed=0),
-    "sdpa": Capability(None, False, True, True, True, True, True, True, True, True, speed=1),
+    "sdpa": Capability(None, False, True, True, True, True, True, True, True, True, speed=3),
+    "flex": Capability(
+        ("cuda",), False, False, True, True, False, True, True, True, True, speed=1, head_dims=range(16, 257)
+    ),
+    "varlen": Capability(
+        ("cuda",), False, False, True, True, False, True, True, False, False, speed=2, head_dims=range(8, 257, 8)
+    ),
 }
+
+
+def missing_abilities(name: str, config: LoomConfig, *, need_weights: bool = False) -> list[str]:
+    """What a config needs that this backend does not have, on any device, as keys with their values."""
+    can = CAPABILITIES[name]
+    position_bias = config.position_kind in ("alibi", "relative")
+    needs = {
+        "attention weights asked for": can.weights or not need_weights,
+        f"attention_dropout {config.attention_dropout}": can.dropout or config.attention_dropout == 0,
+        f"local_window {config.local_window}": can.local_window or config.local_window is None,
+        f"num_key_value_heads {config.num_key_value_heads}": can.grouped_heads
+        or config.num_key_value_heads == config.num_attention_heads,
+        f"position_kind {config.position_kind}": can.position_bias or not position_bias,
+        f"attention_softcap {config.attention_softcap}": can.softcap or config.attention_softcap is None,
+        f"head_dim {config.head_dim}": can.head_dims is None or config.head_dim in can.head_dims,
+    }
+    return [need for need, held in needs.items() if not held]
+
+
+def refuse_backend(name: str, config: LoomConfig) -> None:
+    """Raise ValueError for a name that is no backend, or one that cannot hold the config on any device."""
+    if name not in CAPABILITIES:
+        known = ", ".join(CAPABILITIES)
+        raise ValueError(f"attn_implementation {name!r} is unknown to Loom models: take one of {known}")
+    if missing := missing_abilities(name, config):
+        holding = [other for other in CAPABILITIES if not missing_abilities(other, config)]
+        raise ValueError(
+            f"attention backend {name} cannot hold {', '.join(missing)}: take one of {', '.join(holding)}, or auto"
+        )
 
 
 def pick_backend(config: LoomConfig, device: torch.device | str, *, need_weights: bool = False) -> tuple[str, str]:
@@ -139,17 +230,9 @@ def pick_backend(config: LoomConfig, device: torch.device | str, *, need_weights
     `need_weights` asks for the attention probabilities, which only some backends return.
     """
     kind = torch.device(device).type
-    needs = {
-        "attention weights asked for": ("weights", need_weights),
-        "attention_dropout": ("dropout", config.attention_dropout > 0),
-        "local_window": ("local_window", config.local_window is not None),
-        "num_key_value_heads": ("grouped_heads", config.num_key_value_heads != config.num_attention_heads),
-        f"position_kind {config.position_kind}": ("position_bias", config.position_kind in ("alibi", "relative")),
-        "attention_softcap": ("softcap", config.attention_softcap is not None),
-    }
     reasons: list[str] = []
     for name, can in sorted(CAPABILITIES.items(), key=lambda item: -item[1].speed):
-        lacks = [key for key, (ability, needed) in needs.items() if needed and not getattr(can, ability)]
+        lacks = missing_abilities(name, config, need_weights=need_weights)
         if can.devices is not None and kind not in can.devices:
             lacks.append(f"device {kind}")
         if not lacks:

@@ -7,6 +7,7 @@ Presets are in `architectures.py`, cost arithmetic in `costs.py`. No tensors and
 # mypy: disable-error-code="no-untyped-call, unreachable"
 # (transformers' base class is untyped; a field left out holds None until the architecture fills it)
 
+import copy
 import difflib
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
@@ -33,7 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "qk_norm": ("none", "per_head", "full_width"),
     "initializer": ("normal", "scaled_normal", "scaled_truncated_normal", "xavier_uniform", "t5"),
     "classifier_head": ("pooler", "transform", "gelu"),
-    "classifier_pooling": ("cls", "mean"),
+    "classifier_pooling": ("cls", "mean", "late"),
+    "rtd_sharing": ("tied", "gradient_disentangled", "none"),
 }
 SIZES = (
     "vocab_size",
@@ -72,7 +74,10 @@ ROPE_SCALING = {
 _YARN_MORE = {"attention_factor", "beta_fast", "beta_slow"}
 
 # Switches that mean something only beside another one; `__post_init__` fills them when that one is on.
-_TIED_TO_ANOTHER_SWITCH = ("rope_theta", "local_rope_theta", "local_window", "sinusoidal_layout")
+_TIED_TO_ANOTHER_SWITCH = ("rope_theta", "local_rope_theta", "local_window", "position_offset", "sinusoidal_layout")
+
+# Keys that say how a generator goes with a model, and so have no place in the generator's own config.
+_OF_DETECTION = ("generator_size", "generator", "rtd_weight", "rtd_sharing")
 
 # Roles that no model config holds. An encoder also has cls and sep, which a decoder leaves to its tokenizer.
 TOKENIZER_ONLY_IDS = ("unk_token_id", "mask_token_id", "cls_token_id", "sep_token_id")
@@ -84,10 +89,10 @@ class LoomConfig(PreTrainedConfig):
     Every field left out takes the value of `architecture` (conventions, and the sizes of its published base model).
 
     Embeddings: `embedding_size` apart from hidden_size is projected up (ALBERT); what is looked up is multiplied by
-    `embedding_scale`. Positions count from `position_offset` (RoBERTa: 2) in a learned or sinusoidal table.
-    `partial_rotary_factor` is the share of each head that turns. `rope_scaling` holds `rope_type` (linear, ntk or
-    yarn), `factor`, and for yarn `original_max_position_embeddings`; it stretches the positions of global layers. ntk
-    is a larger base, and becomes one here.
+    `embedding_scale`. Positions count from `position_offset` (RoBERTa: pad_token_id + 1) in a learned or sinusoidal
+    table. `partial_rotary_factor` is the share of each head that turns. `rope_scaling` holds `rope_type` (linear, ntk
+    or yarn), `factor`, and for yarn `original_max_position_embeddings`; it stretches the positions of global layers.
+    ntk is a larger base, and becomes one here.
 
     Attention: `attention_scale` None means head_dim ** -0.5; `attention_softcap` c turns scores s into c tanh(s / c).
     Layer i attends as `attention_pattern[i % len]` says ("global" or "local"); without a pattern, globally where
@@ -206,20 +211,23 @@ class LoomConfig(PreTrainedConfig):
 
     def _fill_positions(self, design: Architecture) -> None:
         """Switches that mean something only beside another one."""
+        if self.position_offset is None:
+            usual = design.conventions["position_offset"] if self.position_kind in ("learned", "sinusoidal") else 0
+            self.position_offset = self.pad_token_id + 1 if usual and self.pad_token_id is not None else usual
         if self.position_kind == "sinusoidal" and self.sinusoidal_layout is None:
             self.sinusoidal_layout = "halves"
         if self.position_kind == "rotary" and self.rope_theta is None:
             self.rope_theta = design.conventions.get("rope_theta", 10_000.0)
-        scaling = self.rope_scaling
-        if isinstance(scaling, dict) and scaling.get("rope_type") == "ntk" and self.rope_theta is not None:
-            _check_rope_scaling(scaling)
-            width = int(self.head_dim * self.partial_rotary_factor)
-            self.rope_theta, self.rope_scaling = _ntk_theta(self.rope_theta, scaling["factor"], width), None
         if "local" in self._pattern:
             if self.local_window is None:
                 self.local_window = design.conventions.get("local_window")
             if self.local_rope_theta is None and self.position_kind == "rotary":
                 self.local_rope_theta = design.conventions.get("local_rope_theta", self.rope_theta)
+        scaling = self.rope_scaling  # of global layers alone
+        if isinstance(scaling, dict) and scaling.get("rope_type") == "ntk" and self.rope_theta is not None:
+            _check_rope_scaling(scaling)
+            width = int(self.head_dim * self.partial_rotary_factor)
+            self.rope_theta, self.rope_scaling = _ntk_theta(self.rope_theta, scaling["factor"], width), None
 
     @property
     def _pattern(self) -> list[str]:
@@ -247,16 +255,79 @@ class LoomConfig(PreTrainedConfig):
 
 
 class LoomEncoderConfig(LoomConfig):
-    """A bidirectional model: adds the masked-language-model head and the pooling of the classifier."""
+    """A bidirectional model: adds its pretraining heads and what stands before a classifier.
+
+    `classifier_head`: a dense layer with tanh (pooler) or gelu before the classifier of a row, or the transform of the
+    token head before every classifier. `classifier_pooling`: what is said of a row is said of its first token (cls),
+    of the mean over its tokens (mean), or is the mean of what is said of each (late: EuroBERT).
+
+    Detection of replaced tokens (Clark et al. 2020): `generator_size` is the generator's share of this model's width,
+    heads and intermediate size (None: no generator), `generator` holds what else differs in it; `rtd_weight` weighs
+    the detection's loss. `rtd_sharing`: the generator's embeddings are this model's (tied), the base that this model
+    adds its own part to without moving it (gradient_disentangled: He et al. 2021, section 3.2), or its own (none).
+    """
 
     model_type = "loom_encoder"
     kind: ClassVar[str] = "encoder"
 
     architecture: str = "bert"
     classifier_head: str = FROM_ARCHITECTURE
-    classifier_pooling: str = "cls"
+    classifier_pooling: str = FROM_ARCHITECTURE
+    generator_size: float | None = None
+    generator: dict[str, Any] | None = None
+    rtd_weight: float = 50.0
+    rtd_sharing: str = "tied"
     cls_token_id: int | None = None
     sep_token_id: int | None = None
+
+    def validate_architecture(self) -> None:
+        """Refuse values and combinations that no model can be built from, with a ValueError that names the key."""
+        super().validate_architecture()
+        if isinstance(self.rtd_weight, bool) or not isinstance(self.rtd_weight, int | float) or self.rtd_weight <= 0:
+            raise ValueError(f"rtd_weight must be a number above 0, got {self.rtd_weight!r}")
+        size = self.generator_size
+        if size is None:
+            if self.generator is not None:
+                raise ValueError("generator says how a generator differs: set generator_size, or leave generator out")
+            return
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size <= 1:
+            raise ValueError(f"generator_size must lie in (0, 1], got {size!r}")
+        self.generator_config()
+
+    def generator_config(self) -> "LoomEncoderConfig":
+        """The config of the generator: this one with `generator_size` of its width, and the keys of `generator`.
+
+        Raises ValueError where no model can be built from it.
+        """
+        size, given = self.generator_size, dict(self.generator or {})
+        assert size is not None
+        shared = {"vocab_size"} if self.rtd_sharing == "none" else {"vocab_size", "embedding_size"}
+        known = set(config_keys(self.architecture)) - shared - set(_OF_DETECTION)
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"generator: {unknown[0]} is no key of its own{_nearest(unknown[0], sorted(known))}")
+
+        def part(whole: int) -> int:
+            return max(1, round(whole * size))
+
+        keys = {name: getattr(self, name) for name in config_keys(self.architecture) if name not in _OF_DETECTION}
+        heads = part(self.num_attention_heads)
+        keys |= {
+            "hidden_size": part(self.hidden_size),
+            "intermediate_size": part(self.intermediate_size),
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads * self.num_key_value_heads // self.num_attention_heads),
+        }
+        # What follows from another key is left to follow from it.
+        if self.num_hidden_groups == self.num_hidden_layers:
+            keys["num_hidden_groups"] = None
+        if self.rtd_sharing == "none" and self.embedding_size == self.hidden_size:
+            keys["embedding_size"] = None
+        if "num_attention_heads" in given:
+            keys |= {"num_key_value_heads": None, "head_dim": None}
+        try:
+            return LoomEncoderConfig(architecture=self.architecture, **(keys | given))
+        except ValueError as error:
+            raise ValueError(f"the generator: {error}") from error
 
 
 class LoomDecoderConfig(LoomConfig):
@@ -300,6 +371,16 @@ class LoomSeq2SeqConfig(LoomConfig):
             raise ValueError(f"block_kind {self.block_kind} has no place for attention to an encoder: use sequential")
         if not self.first_norm:
             raise ValueError("first_norm false is for an encoder or a decoder alone: leave it out")
+        if self.type_vocab_size:
+            raise ValueError("type_vocab_size is for an encoder or a decoder alone: leave it out")
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """This config; for the decoder alone a copy with its number of layers, by which `generate` makes caches."""
+        if not decoder or encoder:
+            return self
+        config = copy.deepcopy(self)
+        config.num_hidden_layers = config.num_decoder_layers
+        return config
 
 
 CONFIG_CLASSES: dict[str, type[LoomConfig]] = {

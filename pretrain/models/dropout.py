@@ -22,6 +22,8 @@ EMBEDDING_SITE = 0
 """The site of the embeddings; the branches of the blocks follow (`branch_sites`)."""
 DECODER_SITES, CROSS_SITES = 1 << 16, 1 << 17
 """Where the sites of an encoder-decoder's decoder begin, and those of its looks at the encoder."""
+CLASSIFIER_SITE, SAMPLING_SITE = 1 << 18, 1 << 19
+"""The site before a classifier's linear layer, and that of tokens that a generator draws."""
 
 _WORD = 2**32 - 1
 _SIGN = 2**31
@@ -38,8 +40,9 @@ def branch_sites(layer: int) -> tuple[int, int]:
 
 
 def wants_dropout_keys(config: LoomConfig) -> bool:
-    """Whether a model drops out by the keys of its rows while it trains."""
-    return config.hidden_dropout > 0.0 or config.embedding_dropout > 0.0
+    """Whether a model draws by the keys of its rows while it trains: what drops out, or what its generator puts in."""
+    has_generator = getattr(config, "generator_size", None) is not None
+    return config.hidden_dropout > 0.0 or config.embedding_dropout > 0.0 or has_generator
 
 
 def dropout(states: Tensor, probability: float, keys: Tensor | None, site: int) -> Tensor:
@@ -70,6 +73,21 @@ def keyed_mask(keys: Tensor, site: int, probability: float, length: int, channel
     return mask(first, second, limit, channels)
 
 
+@torch.no_grad()
+def place_words(keys: Tensor, site: int, length: int, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The two words of places (N,), counted over the rows of (B, L), at a site: (N, 1) each, for `keyed_uniform`."""
+    first, second = _position_words(keys, site, length)
+    return first.reshape(-1, 1)[places], second.reshape(-1, 1)[places]
+
+
+@torch.no_grad()
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def keyed_uniform(words: tuple[Tensor, Tensor], channels: int) -> Tensor:
+    """A number in (0, 1] for each channel of the places of `place_words`: (N, channels) float32, exact near 0."""
+    values = _channel_words(*words, channels).bitwise_and_(_SIGN - 1)
+    return values.to(torch.float32).add_(0.5).mul_(1.0 / _SIGN)
+
+
 def _position_words(keys: Tensor, site: int, length: int) -> tuple[Tensor, Tensor]:
     """Two random words in [0, 2^32) for each position of each row at a site: (B, L, 1) int64 each."""
     words = torch.stack((keys & _WORD, (keys >> 32) & _WORD))  # (2, B)
@@ -91,19 +109,24 @@ def _mix(words: Tensor) -> Tensor:
 
 
 def _mask_eager(first: Tensor, second: Tensor, limit: int, channels: int) -> Tensor:
-    """For each channel a hash of the channel with both words of the position, against the limit.
+    """For each channel a hash of the channel with both words of the position, against the limit."""
+    return _channel_words(first, second, channels) >= limit
+
+
+def _channel_words(first: Tensor, second: Tensor, channels: int) -> Tensor:
+    """A word in [-2^31, 2^31) for each channel of positions (..., 1): (..., channels) int32.
 
     In int32, which wraps around, and in two buffers: at this size fresh memory costs more than the arithmetic.
     """
     first, second = ((words ^ _SIGN).sub_(_SIGN).to(torch.int32) for words in (first, second))
-    values = first + torch.arange(channels, dtype=torch.int32, device=first.device) * _SITES  # (B, L, channels)
+    values = first + torch.arange(channels, dtype=torch.int32, device=first.device) * _SITES  # (..., channels)
     scratch = torch.bitwise_right_shift(values, 16).bitwise_and_(0xFFFF)  # the shift keeps the sign
     values.bitwise_xor_(scratch)
     torch.add(second, values, alpha=_FACTOR_1, out=values)
     torch.bitwise_right_shift(values, 15, out=scratch)
     values.bitwise_xor_(scratch.bitwise_and_(0x1FFFF))
     torch.add(first, values, alpha=_FACTOR_2, out=values)
-    return values >= limit
+    return values
 
 
 def _mask_traced(first: Tensor, second: Tensor, limit: int, channels: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Which position may look at which: attention masks, built once per forward and layer kind.
 
 Nothing here computes attention. Padding positions look at themselves alone, so no row of scores is ever empty (an
-empty row is where softmax gives NaN), and documents of one row are closed to each other.
+empty row is where softmax gives NaN), and documents of one row are closed to each other. Squares of positions are made
+when a backend first asks for one; some never do.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +15,91 @@ from torch import Tensor
 from .configuration_loom import LoomConfig
 
 
-@dataclass
+@dataclass(frozen=True)
+class Visibility:
+    """Who may look at whom, in numbers for each position: what a square is made from, and sparse kernels read.
+
+    Query i is the position i + past_length of the row. It looks at keys that are tokens (`tokens` (B, K) bool, None =
+    all) of its own document (`documents` (B, L), 0 = padding, None = one), at most `behind` places before and `ahead`
+    places after it (None = any), none after it if `causal`; and at itself.
+    """
+
+    length: int
+    key_length: int
+    past_length: int | Tensor
+    device: torch.device
+    causal: bool = False
+    tokens: Tensor | None = None
+    documents: Tensor | None = None
+    behind: int | None = None
+    ahead: int | None = None
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether queries and keys are the same positions."""
+        return isinstance(self.past_length, int) and self.past_length == 0 and self.key_length == self.length
+
+    def square(self) -> Tensor | None:
+        """(B or 1, 1, Q, K) bool; None where everything may be seen, or everything up to the diagonal of whole rows."""
+        queries, keys = indices(self.length, self.past_length, self.key_length, self.device)
+        allowed = None
+        if self.tokens is not None:
+            allowed = self.tokens[:, None, None, :]
+        if self.documents is not None:
+            same = self.documents[:, None, :, None] == self.documents[:, None, None, :]
+            same = same & (self.documents != 0)[:, None, None, :]
+            allowed = same if allowed is None else allowed & same
+        if allowed is not None:
+            allowed = allowed | (queries == keys)
+        for reach, distance in ((self.behind, queries - keys), (self.ahead, keys - queries)):
+            if reach is not None:
+                near = (distance <= reach)[None, None]
+                allowed = near if allowed is None else allowed & near
+        ordered = self.whole_rows or _sees_all(self.length, self.past_length, self.key_length)
+        if self.causal and (allowed is not None or not ordered):
+            past = (keys <= queries)[None, None]
+            allowed = past if allowed is None else allowed & past
+        return allowed
+
+
 class AttentionMask:
     """What one kind of layer may look at.
 
-    allowed: (B or 1, heads or 1, Q, K) bool, True = may look; None = everything (below the diagonal if `causal`).
+    allowed: (B or 1, heads or 1, Q, K) bool, True = may look; None = everything (below the diagonal if `causal`). Made
+    from `visibility` when first asked for, where that is given instead.
     bias: the same shape, floating point, added to the scores (a caller's own additive mask); excludes `allowed`.
     causal: nothing above the diagonal is allowed, and queries and keys are the same positions (Q = K).
     position_bias: (1, heads, Q, K) added to the scores: what a distance is worth. It may need a gradient.
     """
 
-    allowed: Tensor | None = None
-    bias: Tensor | None = None
-    causal: bool = False
-    position_bias: Tensor | None = None
-    _additive: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    def __init__(
+        self,
+        allowed: Tensor | None = None,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        position_bias: Tensor | None = None,
+        visibility: Visibility | None = None,
+    ) -> None:
+        self._allowed = allowed
+        self.bias = bias
+        self.causal = causal
+        self.position_bias = position_bias
+        self.visibility = visibility
+        self._additive: dict[torch.dtype, Tensor] = {}
+        self._kept: dict[str, Any] = {}
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """The square, see above."""
+        if self._allowed is None and self.visibility is not None:
+            self._allowed = self.visibility.square()
+        return self._allowed
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What a backend made from this mask, made once for all layers that share it."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def additive(self, dtype: torch.dtype) -> Tensor | None:
         """The mask as a summand of the scores in `dtype`, made once and kept: 0 where allowed, else the lowest number.
@@ -50,10 +122,13 @@ class AttentionMask:
         lowest = torch.finfo(dtype).min / (1 if self.position_bias is None else 2)
         if self.bias is not None:
             return self.bias.clamp(min=lowest).to(dtype).clamp(min=lowest)
-        if self.allowed is None:
+        allowed = self.allowed
+        if allowed is None and self.causal and self.position_bias is not None:  # written out beside the bias
+            rows, columns = self.position_bias.shape[-2:]
+            allowed = torch.ones(rows, columns, dtype=torch.bool, device=self.position_bias.device).tril()[None, None]
+        if allowed is None:
             return None
-        zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
-        return zeros.masked_fill_(~self.allowed, lowest)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, lowest)
 
     @property
     def needs_grad(self) -> bool:
@@ -61,12 +136,8 @@ class AttentionMask:
         return any(bias is not None and bias.requires_grad for bias in (self.bias, self.position_bias))
 
     def with_position_bias(self, bias: Tensor) -> "AttentionMask":
-        """This mask and a (1, heads, Q, K) summand of the scores; the causal rule is written out beside it."""
-        allowed = self.allowed
-        if self.causal and allowed is None and self.bias is None:
-            rows, columns = bias.shape[-2:]
-            allowed = torch.ones(rows, columns, dtype=torch.bool, device=bias.device).tril()[None, None]
-        return AttentionMask(allowed, self.bias, self.causal, bias)
+        """This mask and a (1, heads, Q, K) summand of the scores."""
+        return AttentionMask(self._allowed, self.bias, self.causal, bias, self.visibility)
 
 
 def build_masks(
@@ -95,14 +166,14 @@ def build_masks(
     same_positions = isinstance(past_length, int) and past_length == 0 and key_length == length
     if document_ids is not None and not same_positions:
         raise ValueError("document_ids describe whole rows and cannot be used with a filled key-value cache")
-    allowed = _open_keys(attention_mask, document_ids, length, past_length, key_length, device)
-    queries, keys = indices(length, past_length, key_length, device)
-    if causal and allowed is not None:
-        allowed = allowed & (keys <= queries)
-    elif causal and not same_positions and not _sees_all(length, past_length, key_length):
-        allowed = (keys <= queries)[None, None]
-    base = AttentionMask(allowed=allowed, causal=causal and same_positions)
-    return {kind: _with_window(base, config, kind, causal, queries, keys) for kind in kinds}
+    tokens = _tokens(attention_mask, length, key_length, device)
+    if document_ids is not None and _all_true(document_ids == document_ids[:, :1].clamp(min=1)):
+        document_ids = None
+    base_rule = Visibility(length, key_length, past_length, device, causal, tokens, document_ids)
+    return {
+        kind: AttentionMask(causal=causal and same_positions, visibility=_narrowed(base_rule, config, kind))
+        for kind in kinds
+    }
 
 
 def indices(length: int, past_length: int | Tensor, key_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,33 +215,20 @@ def cross_mask(
     return AttentionMask(allowed=allowed | ~allowed.any(dim=-1, keepdim=True))
 
 
-def _open_keys(
-    attention_mask: Tensor | None,
-    document_ids: Tensor | None,
-    length: int,
-    past_length: int | Tensor,
-    key_length: int,
-    device: torch.device,
-) -> Tensor | None:
-    """(B, 1, Q, K) bool from padding and documents; None when every position is a token of one document."""
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must have 2 or 4 dimensions, got shape {tuple(attention_mask.shape)}")
-    allowed = None
-    if attention_mask is not None and not _all_true(attention_mask == 1):
-        tokens = attention_mask.to(device=device, dtype=torch.bool)
-        if tokens.shape[1] < key_length != length:  # a cache of fixed size has slots that are not written yet
-            tokens = torch.nn.functional.pad(tokens, (0, key_length - tokens.shape[1]), value=False)
-        if tokens.shape[1] != key_length:
-            raise ValueError(f"attention_mask covers {tokens.shape[1]} positions, the keys are {key_length}")
-        allowed = tokens[:, None, None, :]
-    if document_ids is not None and not _all_true(document_ids == document_ids[:, :1].clamp(min=1)):
-        same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-        same = same & (document_ids != 0)[:, None, None, :]
-        allowed = same if allowed is None else allowed & same
-    if allowed is None:
+def _tokens(attention_mask: Tensor | None, length: int, key_length: int, device: torch.device) -> Tensor | None:
+    """(B, K) bool, False = padding; None when every key is a token."""
+    if attention_mask is None:
         return None
-    queries, keys = indices(length, past_length, key_length, device)
-    return allowed | (queries == keys)
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must have 2 or 4 dimensions, got shape {tuple(attention_mask.shape)}")
+    if _all_true(attention_mask == 1):
+        return None
+    tokens = attention_mask.to(device=device, dtype=torch.bool)
+    if tokens.shape[1] < key_length != length:  # a cache of fixed size has slots that are not written yet
+        tokens = torch.nn.functional.pad(tokens, (0, key_length - tokens.shape[1]), value=False)
+    if tokens.shape[1] != key_length:
+        raise ValueError(f"attention_mask covers {tokens.shape[1]} positions, the keys are {key_length}")
+    return tokens
 
 
 def _all_true(mask: Tensor) -> bool:
@@ -192,23 +250,32 @@ def _given_mask(mask: Tensor, document_ids: Tensor | None, length: int, key_leng
     return AttentionMask(bias=mask)
 
 
+def _reach(config: LoomConfig, kind: str, causal: bool, keys: int) -> int | None:
+    """How many places a query of this kind of layer looks to each side; None: all, as in rows shorter than that."""
+    if kind == "global":
+        return None
+    assert config.local_window is not None
+    reach: int = config.local_window - 1 if causal else config.local_window // 2
+    return None if keys <= reach + 1 else reach
+
+
+def _narrowed(rule: Visibility, config: LoomConfig, kind: str) -> Visibility:
+    """The rule within the local window, for local layers."""
+    reach = _reach(config, kind, rule.causal, rule.key_length)
+    return rule if reach is None else replace(rule, behind=reach, ahead=None if rule.causal else reach)
+
+
 def _with_window(
     base: AttentionMask, config: LoomConfig, kind: str, causal: bool, queries: Tensor, keys: Tensor
 ) -> AttentionMask:
-    """The base mask narrowed to the local window, for local layers; rows shorter than the window need none."""
-    if kind == "global":
-        return base
-    assert config.local_window is not None
-    reach = config.local_window - 1 if causal else config.local_window // 2
-    if keys.shape[1] <= reach + 1:
+    """A caller's own mask narrowed to the local window, for local layers."""
+    reach = _reach(config, kind, causal, keys.shape[1])
+    if reach is None:
         return base
     near = queries - keys <= reach  # (Q, K)
     if not causal:
         near = near & (keys - queries <= reach)
     if base.bias is not None:
         return AttentionMask(bias=base.bias.masked_fill(~near, torch.finfo(base.bias.dtype).min))
-    if base.allowed is not None:
-        return AttentionMask(allowed=base.allowed & near, causal=base.causal)
-    if base.causal:
-        near = near & (keys <= queries)
-    return AttentionMask(allowed=near[None, None], causal=base.causal)
+    assert base.allowed is not None
+    return AttentionMask(allowed=base.allowed & near)

@@ -43,6 +43,7 @@ class Geometry:
     key_length: int
     attention_mask: Tensor | None = None
     document_ids: Tensor | None = None
+    dtype: torch.dtype = torch.float32  # of what is computed from positions: float64 in a float64 model
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,18 @@ class AttentionInputs(nn.Module):
         bias = self._position_bias(geometry, device)
         if bias is not None:
             masks = {kind: mask.with_position_bias(bias) for kind, mask in masks.items()}
-        return {kind: AttentionInput(mask, self._rotary(geometry.position_ids, kind)) for kind, mask in masks.items()}
+        return {kind: AttentionInput(mask, self._rotary(geometry, kind)) for kind, mask in masks.items()}
 
-    def _rotary(self, position_ids: Tensor, kind: str) -> RotaryTables | None:
+    def _rotary(self, geometry: Geometry, kind: str) -> RotaryTables | None:
         config = self.config
         if config.position_kind != "rotary":
             return None
         width = int(config.head_dim * config.partial_rotary_factor)
+        theta, scaling = config.rope_theta, config.rope_scaling
         if kind == "local":
-            return rotary_tables(position_ids, width, float(config.local_rope_theta or 0.0))
-        return rotary_tables(position_ids, width, float(config.rope_theta or 0.0), config.rope_scaling)
+            theta, scaling = config.local_rope_theta, None
+        assert theta is not None
+        return rotary_tables(geometry.position_ids, width, theta, scaling, geometry.dtype)
 
     def _position_bias(self, geometry: Geometry, device: torch.device) -> Tensor | None:
         """(1, heads, Q, K) by distance in the row, which within a piece is distance in the piece."""
@@ -99,7 +102,7 @@ class AttentionInputs(nn.Module):
         queries, keys = indices(geometry.length, geometry.past_length, geometry.key_length, device)
         distances = keys - queries  # (Q, K)
         if self.config.position_kind == "alibi":
-            slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device)
+            slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device, dtype=geometry.dtype)
             return -slopes[None, :, None, None] * distances.abs()
         buckets = relative_buckets(
             distances,
@@ -150,12 +153,13 @@ class _Projections(nn.Module):
             self.k_norm = make_norm(config, keys if whole else config.head_dim)
 
     def heads(self, states: Tensor, norm: str | None = None) -> Tensor:
-        """(B, L, heads x head_dim) -> (B, L, heads, head_dim), normed where the config asks for it."""
-        whole = norm is not None and self.config.qk_norm == "full_width"
-        if whole:
-            states = getattr(self, str(norm))(states)
-        states = states.view(*states.shape[:2], -1, self.head_dim)
-        return getattr(self, norm)(states) if norm and self.config.qk_norm == "per_head" else states
+        """(B, L, heads x head_dim) -> (B, L, heads, head_dim) of that dtype, normed where the config asks for it."""
+        if norm is None or self.config.qk_norm == "none":
+            return states.view(*states.shape[:2], -1, self.head_dim)
+        if self.config.qk_norm == "per_head":
+            states = states.view(*states.shape[:2], -1, self.head_dim)
+        normed: Tensor = getattr(self, norm)(states).to(states.dtype)
+        return normed.view(*states.shape[:2], -1, self.head_dim)
 
     def mix(
         self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, need_weights: bool

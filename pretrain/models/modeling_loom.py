@@ -1,7 +1,7 @@
-"""What all Loom models share: loading, embeddings, the stack of blocks, the classification loss.
+"""What all Loom models share: loading, embeddings, the stack of blocks.
 
-Heads live in `modeling_loom_encoder.py`, `modeling_loom_decoder.py` and `modeling_loom_seq2seq.py`; the block in
-`layers.py`.
+Heads live in `modeling_loom_encoder.py`, `modeling_loom_decoder.py`, `modeling_loom_seq2seq.py`,
+`modeling_loom_heads.py`, `modeling_loom_decoder_heads.py` and `modeling_loom_rtd.py`; the block in `layers.py`.
 """
 
 # mypy: disable-error-code="misc, no-untyped-call, untyped-decorator, assignment, index"
@@ -11,18 +11,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import CAPABILITIES
+from .attention import refuse_backend
 from .configuration_loom import LoomConfig
 from .dropout import DECODER_SITES, EMBEDDING_SITE, dropout
 from .initial_weights import initialize
 from .layers import LoomLayer, LoomPredictionHead, LoomTokenHead, token_loss_sum
-from .losses import mean_over_targets, softcap_logits
+from .losses import softcap_logits
 from .masks import cross_mask
 from .mixers import MIXERS, Geometry, LoomCrossAttention, make_mixer_inputs
 from .norms import make_norm
@@ -49,12 +48,11 @@ class LoomPreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Resolve a backend's name; refuses names outside the capability table."""
-        if requested_attention is not None and requested_attention not in CAPABILITIES:
-            known = ", ".join(CAPABILITIES)
-            raise ValueError(
-                f"attn_implementation {requested_attention!r} is unknown to Loom models: take one of {known}"
-            )
+        """Resolve a backend's name; refuses names outside the capability table, and what cannot hold the config."""
+        if requested_attention is not None:
+            refuse_backend(requested_attention, self.config)
+        if requested_attention in ("flex", "varlen"):  # no names of transformers'
+            return requested_attention
         return str(super().get_correct_attn_implementation(requested_attention, is_init_check))
 
     @torch.no_grad()
@@ -157,8 +155,9 @@ class LoomModel(LoomPreTrainedModel):
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         key_length = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
         position_ids = self._positions(position_ids, document_ids, length, past_length, device)
+        exact = torch.promote_types(embeddings.dtype, torch.float32)
         inputs = self.mixer_inputs(
-            Geometry(position_ids, length, past_length, key_length, attention_mask, document_ids)
+            Geometry(position_ids, length, past_length, key_length, attention_mask, document_ids, exact)
         )
         memory_mask = None
         if encoder_hidden_states is not None:
@@ -241,27 +240,3 @@ class LoomModel(LoomPreTrainedModel):
             site = EMBEDDING_SITE + (DECODER_SITES if self.is_part and self.is_decoder else 0)
             embeddings = dropout(embeddings, config.embedding_dropout, dropout_keys, site)
         return self.embed_project(embeddings) if hasattr(self, "embed_project") else embeddings
-
-
-def classification_loss(
-    logits: Tensor, labels: Tensor, config: LoomConfig, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
-    """Loss of (B, num_labels) logits by `config.problem_type`, which is set from the labels when it is None.
-
-    One label: mean squared error; whole-number labels: cross-entropy; else binary cross-entropy per label.
-    """
-    if config.problem_type is None:
-        if config.num_labels == 1:
-            config.problem_type = "regression"
-        elif labels.dtype in (torch.long, torch.int):
-            config.problem_type = "single_label_classification"
-        else:
-            config.problem_type = "multi_label_classification"
-    logits = logits.float()
-    if config.problem_type == "single_label_classification":
-        total = functional.cross_entropy(logits, labels.view(-1).long(), reduction="sum")
-        return mean_over_targets(total, labels, num_items_in_batch)
-    labels = labels.to(logits.dtype).view(logits.shape)
-    if config.problem_type == "regression":
-        return functional.mse_loss(logits, labels)
-    return functional.binary_cross_entropy_with_logits(logits, labels)

@@ -1,22 +1,25 @@
-"""The Loom decoder and its heads: causal language modelling with generation, and sequence classification."""
+"""The Loom decoder and its language-model head, with generation; task heads are in `modeling_loom_decoder_heads.py`."""
 
 # mypy: disable-error-code="misc, no-untyped-call, untyped-decorator, attr-defined, assignment"
 # (transformers' base classes and decorators are untyped)
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .configuration_loom import LoomDecoderConfig
 from .losses import mean_over_targets, shift_targets, token_cross_entropy_sum
-from .modeling_loom import LoomLanguageModel, LoomModel, LoomPreTrainedModel, classification_loss
+from .modeling_loom import LoomLanguageModel, LoomModel
+
+if TYPE_CHECKING:
+    # Never run: transformers copies the files that are named in such a line, so that a directory saved with its code
+    # also loads for the tasks of that file.
+    from .modeling_loom_decoder_heads import LoomDecoderForSequenceClassification  # noqa: F401
 
 
 class LoomDecoderModel(LoomModel):
@@ -99,73 +102,3 @@ class LoomDecoderForCausalLM(LoomLanguageModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-class LoomDecoderForSequenceClassification(LoomPreTrainedModel):
-    """Scores a row by its last token."""
-
-    config: LoomDecoderConfig
-
-    def __init__(self, config: LoomDecoderConfig) -> None:
-        super().__init__(config)
-        self.num_labels = int(config.num_labels or 2)
-        self.model = LoomDecoderModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.score.loom_role = "classifier"
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        dropout_keys: Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
-        """labels (B,) or (B, num_labels) -> loss by `config.problem_type`, logits (B, num_labels) of the last token."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            dropout_keys=dropout_keys,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-        last = hidden_states[rows, self._last_token(input_ids, attention_mask, hidden_states)]
-        if self.training and self.config.classifier_dropout > 0.0:
-            last = functional.dropout(last, p=self.config.classifier_dropout)
-        logits = self.score(last)
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def _last_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
-        """(B,) places of the last token of each row, by the mask, else by `pad_token_id`."""
-        batch, length, _ = hidden_states.shape
-        if attention_mask is not None and attention_mask.dim() == 2:
-            tokens = attention_mask[:, -length:] != 0
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            tokens = input_ids != self.config.pad_token_id
-        elif batch == 1:
-            tokens = torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
-        else:
-            raise ValueError("rows may differ in length: give attention_mask, or set pad_token_id in the config")
-        places = torch.arange(length, device=hidden_states.device)
-        return (places * tokens.to(hidden_states.device)).argmax(dim=-1)

@@ -16,7 +16,8 @@ class LoomRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        # Autocast leaves states and weight in two dtypes, for which there is no fused kernel.
+        return functional.rms_norm(hidden_states.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 def make_norm(config: LoomConfig, width: int | None = None) -> nn.Module:

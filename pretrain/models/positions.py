@@ -23,7 +23,7 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def sinusoids(position_ids: Tensor, width: int, layout: str) -> Tensor:
-    """(B, L) positions -> (B, L, width) float32 sines and cosines (Vaswani et al. 2017, section 3.5).
+    """(B, L) positions -> (B, L, width) float64 sines and cosines (Vaswani et al. 2017, section 3.5).
 
     Channel pair i holds sin and cos of position / 10000^(2 i / width). `interleaved` puts the two side by side, as the
     paper writes them; `halves` puts all sines first, as its authors' code does: the same model with its channels in
@@ -32,20 +32,24 @@ def sinusoids(position_ids: Tensor, width: int, layout: str) -> Tensor:
     exponents = torch.arange(0, width, 2, device=position_ids.device, dtype=torch.float64) / width
     angles = position_ids[..., None].double() / 10_000.0**exponents  # (B, L, width / 2)
     if layout == "interleaved":
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).float()
-    return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def rotary_tables(
-    position_ids: Tensor, width: int, theta: float, scaling: dict[str, Any] | None = None
+    position_ids: Tensor,
+    width: int,
+    theta: float,
+    scaling: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> RotaryTables:
-    """Cosines and sines of the rotary angles: (B, L) positions -> two (B, L, 1, width / 2) float32 tensors.
+    """Cosines and sines of the rotary angles: (B, L) positions -> two (B, L, 1, width / 2) tensors of `dtype`.
 
     Su et al. 2021 (arXiv 2104.09864), in the form where channel i turns with channel i + width / 2; `width` channels
     of each head turn. Computed from the config at each forward: a stored table would be a buffer, which loading leaves
     uninitialised. `scaling` is the config's `rope_scaling`.
     """
-    exponents = torch.arange(0, width, 2, device=position_ids.device, dtype=torch.float32) / width
+    exponents = torch.arange(0, width, 2, device=position_ids.device, dtype=dtype) / width
     frequencies = 1.0 / theta**exponents
     magnitude = 1.0
     if scaling is not None and scaling["rope_type"] == "linear":
@@ -53,7 +57,7 @@ def rotary_tables(
     elif scaling is not None and scaling["rope_type"] == "yarn":
         frequencies = _yarn(frequencies, width, theta, scaling)
         magnitude = yarn_magnitude(scaling)
-    angles = position_ids[..., None].float() * frequencies
+    angles = position_ids[..., None].to(dtype) * frequencies
     return angles.cos().mul_(magnitude).unsqueeze(2), angles.sin().mul_(magnitude).unsqueeze(2)
 
 
@@ -67,7 +71,8 @@ def _yarn(frequencies: Tensor, width: int, theta: float, scaling: dict[str, Any]
     """Slow frequencies divided by the factor, fast ones kept, a ramp between (Peng et al. 2023, arXiv 2309.00071).
 
     The ramp runs over channels from the one that turns `beta_fast` times (32) within the original context to the one
-    that turns `beta_slow` times (1).
+    that turns `beta_slow` times (1). Where the second comes before the first (a context of a few tokens) every
+    frequency is kept, as in its authors' code and transformers.
     """
     original = scaling["original_max_position_embeddings"]
 
@@ -76,8 +81,8 @@ def _yarn(frequencies: Tensor, width: int, theta: float, scaling: dict[str, Any]
 
     first = max(math.floor(channel_that_turns(scaling.get("beta_fast", 32))), 0)
     last = min(math.ceil(channel_that_turns(scaling.get("beta_slow", 1))), width - 1)
-    channels = torch.arange(width // 2, device=frequencies.device, dtype=torch.float32)
-    ramp = ((channels - first) / max(last - first, 0.001)).clamp(0, 1)
+    channels = torch.arange(width // 2, device=frequencies.device, dtype=frequencies.dtype)
+    ramp = ((channels - first) / ((last - first) or 0.001)).clamp(0, 1)
     return torch.lerp(frequencies, frequencies / scaling["factor"], ramp)
 
 

@@ -17,6 +17,7 @@ LEGEND: dict[Kind, str] = {
     "kept": "left as it is, and predicted",
     "ahead": "predicts a token (after the arrow) that is not the next place's",
     "none": "predicts nothing",
+    "output": "what the decoder is to write, behind what the encoder reads",
 }
 """What the marks mean, by what is predicted at a place."""
 
@@ -71,9 +72,10 @@ def describe_piece(piece: Piece) -> str:
     where = f"{origin.shard} document {origin.document:,}"
     if origin.file is not None and origin.document_in_file is not None:
         where += f" ({origin.file}, {origin.document_in_file:,} of {origin.documents_of_file:,})"
+    label = "" if piece.pair is None else f", pair label {piece.pair}"
     if origin.is_whole:
-        return f"{where}, whole, {origin.tokens:,} tokens"
-    return f"{where}, tokens {origin.first:,} to {origin.end - 1:,} of {origin.tokens:,}"
+        return f"{where}, whole, {origin.tokens:,} tokens{label}"
+    return f"{where}, tokens {origin.first:,} to {origin.end - 1:,} of {origin.tokens:,}{label}"
 
 
 def _token(token: Token) -> str:

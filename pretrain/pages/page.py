@@ -34,14 +34,15 @@ section { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9re
   margin: .2rem 0 .8rem; }
 .tokens span { unicode-bidi: isolate; border-right: 1px solid var(--edge); padding: .1rem 0; }
 .special { color: var(--special); } .masked { background: var(--masked); } .random { background: var(--random); }
-.kept { background: var(--kept); } .ahead { background: var(--ahead); } .none { text-decoration: underline dotted; }
+.kept { background: var(--kept); } .ahead { background: var(--ahead); } .output { background: var(--kept); }
+.none { text-decoration: underline dotted; }
 .pad { color: var(--soft); } s { opacity: .65; }
 """
 
 _FRAME = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8" />
 <meta name="viewport" content="width=device-width, initial-scale=1" />
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'" />
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'{images}" />
 <title>{title}</title><style>{style}</style></head>
 <body><h1>{title}</h1>
 {body}
@@ -54,9 +55,10 @@ def escape(text: str) -> str:
     return _escape(visible(text), quote=True)
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole page. `title` is plain text, `body` is HTML."""
-    return _FRAME.format(title=escape(title), style=_STYLE, body="\n".join(body))
+def page(title: str, body: Iterable[str], *, images: bool = False) -> str:
+    """A whole page. `title` is plain text, `body` is HTML; `images` allows those that the page itself holds."""
+    allowed = "; img-src data:" if images else ""
+    return _FRAME.format(title=escape(title), style=_STYLE, body="\n".join(body), images=allowed)
 
 
 def paragraph(text: str, style: str = "") -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pretrain.config import RunConfig
+from pretrain.config_objective import ObjectiveConfig
 from pretrain.planning.activations import Pass
 from pretrain.planning.facts import ModelFacts
 from pretrain.planning.gpus import GIB
@@ -53,8 +54,14 @@ def pass_of(
         device=device,
         eager_attention=config.train.attention == "eager",
         checkpointing=checkpointing,
-        target_share=config.objective.rate if config.objective.kind == "mlm" else 1.0,
+        target_share=_most_targets(config.objective),
     )
+
+
+def _most_targets(objective: ObjectiveConfig) -> float:
+    """The largest share of the positions that the head sees at any time of the run."""
+    masked = objective.kind in ("mlm", "rtd")
+    return max(objective.rate, objective.final_rate or 0.0) if masked else 1.0
 
 
 def largest_rows(

@@ -32,6 +32,7 @@ from tokenizers import (
 )
 
 from pretrain.config import TokenizerConfig
+from pretrain.config_model import DECODERS, ENCODERS, KINDS, SEQ2SEQ
 
 SPACE = "▁"
 CONTINUATION = "##"
@@ -83,16 +84,19 @@ _ENCODER = SpecialTokens(
         "mask_token": "[MASK]",
     },
 )
+_DECODER = SpecialTokens(
+    ("<unk>", "<s>", "</s>", "<pad>"),
+    {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+)
+# As T5 numbers them; the decoder begins with padding.
+_SEQ2SEQ = SpecialTokens(("<pad>", "</s>", "<unk>"), {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})
 _SPECIAL_TOKENS = {
-    "bert": _ENCODER,
-    "modernbert": _ENCODER,
+    **dict.fromkeys(ENCODERS, _ENCODER),
+    **dict.fromkeys(DECODERS, _DECODER),
+    **dict.fromkeys(SEQ2SEQ, _SEQ2SEQ),
     "gpt2": SpecialTokens(
         ("<|endoftext|>", "<|pad|>"),
         {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"},
-    ),
-    "llama": SpecialTokens(
-        ("<unk>", "<s>", "</s>", "<pad>"),
-        {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
     ),
 }
 
@@ -120,8 +124,9 @@ def special_tokens_of(config: TokenizerConfig, architecture: str) -> SpecialToke
 
 
 def model_input_names(architecture: str) -> list[str]:
-    """What the tokenizer returns for a model: token types are BERT's alone."""
-    return ["input_ids", *(["token_type_ids"] if architecture == "bert" else []), "attention_mask"]
+    """What the tokenizer returns for a model: token types are for BERT and its kin that have two."""
+    two = architecture in ("bert", "electra", "albert")
+    return ["input_ids", *(["token_type_ids"] if two else []), "attention_mask"]
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -200,10 +205,11 @@ def decoder_of(config: TokenizerConfig) -> decoders.Decoder | None:
 
 
 def post_processor_of(config: TokenizerConfig, architecture: str, special: SpecialTokens) -> processors.PostProcessor:
-    """What is added around a text: [CLS] A [SEP] (B [SEP]) for encoders, BOS for llama, nothing for gpt2.
+    """What is added around a text: [CLS] A [SEP] (B [SEP]) for encoders, BOS for decoders, EOS behind seq2seq's texts.
 
-    These are the stock models' habits; EOS stands in prepared data alone.
+    These are the stock models' habits: gpt2 adds nothing, and a decoder's EOS stands in prepared data alone.
     """
+    begin, end = special.roles.get("bos_token"), special.roles.get("eos_token")
     steps: list[processors.PostProcessor] = []
     encoder = special.id_of("cls_token") is not None
     if config.algorithm in ("byte-bpe", "bytes"):
@@ -217,8 +223,15 @@ def post_processor_of(config: TokenizerConfig, architecture: str, special: Speci
                 special_tokens=[("[CLS]", special.id_of("cls_token")), ("[SEP]", special.id_of("sep_token"))],
             )
         )
-    elif architecture == "llama":
-        begin = special.roles["bos_token"]
+    elif KINDS[architecture] == "seq2seq":
+        steps.append(
+            processors.TemplateProcessing(
+                single=f"$A:0 {end}:0",
+                pair=f"$A:0 {end}:0 $B:1 {end}:1",
+                special_tokens=[(end, special.id_of("eos_token"))],
+            )
+        )
+    elif begin is not None and begin != end:
         steps.append(
             processors.TemplateProcessing(
                 single=f"{begin}:0 $A:0",

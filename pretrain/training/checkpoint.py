@@ -32,9 +32,9 @@ from pretrain.files import (
     ArtifactError,
     read_manifest,
     remove_leftovers,
-    replace_file,
     sha256_json,
     sync_directory,
+    update_file,
 )
 from pretrain.training.checkpoint_files import (
     KIND,
@@ -216,7 +216,7 @@ def _step_of(path: Path) -> int:
 
 
 def point(directory: Path, name: Pointer, step: int) -> None:
-    """Let `latest` or `best` name the checkpoint of `step`, replacing the pointer atomically.
+    """Let `latest` or `best` name the checkpoint of `step`, replacing the pointer atomically unless it does already.
 
     Raises:
         ArtifactError: when there is no such checkpoint.
@@ -224,7 +224,7 @@ def point(directory: Path, name: Pointer, step: int) -> None:
     path = checkpoint_path(directory, step)
     facts = read_manifest(path, KIND).facts
     pointer = {"checkpoint": path.name, "step": step, "run_id": facts["run_id"]}
-    replace_file(path.parent / f"{name}.json", pointer_bytes(pointer))
+    update_file(path.parent / f"{name}.json", pointer_bytes(pointer))
 
 
 def read_pointer(directory: Path, name: Pointer) -> Path | None:
@@ -236,8 +236,9 @@ def read_pointer(directory: Path, name: Pointer) -> Path | None:
     pointer = _read_pointer_file(directory, name)
     if not pointer:
         return None
-    path = directory / "checkpoints" / str(pointer["checkpoint"])
-    return path if _STEP_NAME.fullmatch(path.name) and path.is_dir() else None
+    name_of_step = str(pointer["checkpoint"])
+    path = directory / "checkpoints" / name_of_step
+    return path if _STEP_NAME.fullmatch(name_of_step) and path.is_dir() else None
 
 
 def pointer_bytes(pointer: dict[str, Any]) -> bytes:
@@ -285,17 +286,30 @@ def rotate(directory: Path, *, keep: int) -> list[Path]:
     return removed
 
 
-def make_room(directory: Path, *, run_id: str) -> list[Path]:
-    """Remove every checkpoint of the run but the newest, whose digests are compared first, and what `best` names.
+def make_room(directory: Path, *, run_id: str, best: int | None = None) -> list[Path]:
+    """Remove the run's checkpoints before its newest, whose digests are compared first, and return them.
+
+    What `latest`, `best` and the argument name stays. What lies beyond `latest` was passed over when the run went on,
+    or is newer than a pointer that could not be moved: it stays too, and is not what is relied on.
+
+    Args:
+        directory: the training directory.
+        run_id: of the run.
+        best: the step of its best checkpoint, whatever the pointer says.
 
     Raises:
-        ArtifactError: when the newest is not whole; nothing is removed then.
+        ArtifactError: when the newest is not whole, or a pointer cannot be read; nothing is removed then.
     """
     own = list_checkpoints(directory, run_id=run_id)
+    latest = read_pointer(directory, "latest")
+    if latest in own:
+        own = own[: own.index(latest) + 1]
     if len(own) < 2:
         return []
     load_checkpoint(own[-1])
-    spared = {own[-1], read_pointer(directory, "best"), read_pointer(directory, "latest")}
+    spared = {own[-1], read_pointer(directory, "best")}
+    if best is not None:
+        spared.add(checkpoint_path(directory, best))
     removed = [path for path in own if path not in spared]
     for path in removed:
         _remove(path)

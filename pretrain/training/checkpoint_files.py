@@ -31,7 +31,7 @@ from pretrain.files import (
     write_manifest,
     write_safetensors,
 )
-from pretrain.ranks import OtherRankError, Ranks
+from pretrain.ranks import LostRankError, OtherRankError, Ranks, words_of
 from pretrain.training.state import OptimizerState, capture_rng, late_bytes
 
 KIND = "checkpoint"
@@ -156,12 +156,18 @@ def together(ranks: Ranks, function: Callable[[], Any]) -> list[Any]:
     Raises:
         OSError: when the disk, or a store, failed some of them; one's own, or one that names the rank.
         ValueError: when some failed for another reason.
+        BaseException: one's own, whatever it is; the others raise `OtherRankError`.
     """
     result, error = None, None
     try:
         result = function()
+    except (LostRankError, KeyboardInterrupt, SystemExit):  # nobody is told: this process ends
+        raise
     except (OSError, ValueError) as failed:
         error = failed
+    except BaseException as failed:  # no memory, say; in a thread it would end no process, and the others would wait
+        ranks.gather([None, [_words(failed), False]])
+        raise
     failure = None if error is None else [_words(error), isinstance(error, OSError)]
     found = ranks.gather([result, failure])
     failures = [(rank, words, disk) for rank, (_, failure) in enumerate(found) if failure for words, disk in [failure]]
@@ -174,8 +180,8 @@ def together(ranks: Ranks, function: Callable[[], Any]) -> list[Any]:
     raise (OSError if all_disks else OtherRankError)(f"rank {rank}: {words}")
 
 
-def _words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
+def _words(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or words_of(error))
 
 
 def _same(tensor: Tensor) -> Tensor:

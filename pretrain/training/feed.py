@@ -22,7 +22,7 @@ from torch import Tensor
 from pretrain.ranks import Ranks
 
 IGNORED = -100
-TARGETS = ("labels", "shift_labels")
+TARGETS = ("labels", "shift_labels", "sentence_labels")
 
 
 class Batch(Protocol):
@@ -32,6 +32,8 @@ class Batch(Protocol):
     num_targets: int
     num_tokens: int
     row_ids: np.ndarray
+    item_counts: Mapping[str, int]
+    """What further terms of the loss are divided by, each by its name; empty where the targets are all."""
 
 
 class Data(Protocol):
@@ -62,6 +64,7 @@ class MicroBatch:
     num_targets: int = 0
     num_tokens: int = 0
     row_ids: np.ndarray = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
+    item_counts: Mapping[str, int] = field(default_factory=dict)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The arrays on the device that computes."""
@@ -102,9 +105,10 @@ class Feed:
     def _make(self, step: int, rows: slice) -> MicroBatch:
         if rows.start == rows.stop:
             batch = self.data.batch(step, slice(0, 1))
-            return MicroBatch(without_targets(batch.arrays))
+            counts = dict.fromkeys(item_counts_of(batch), 0)
+            return MicroBatch(without_targets(batch.arrays, tokens="tokens" in counts), item_counts=counts)
         batch = self.data.batch(step, rows)
-        return MicroBatch(batch.arrays, batch.num_targets, batch.num_tokens, batch.row_ids)
+        return MicroBatch(batch.arrays, batch.num_targets, batch.num_tokens, batch.row_ids, item_counts_of(batch))
 
     def ahead(self, first: int, end: int) -> Iterator[tuple[list[MicroBatch], float]]:
         """The micro-batches of the steps from `first` to `end`, and the seconds waited for them."""
@@ -124,6 +128,31 @@ def largest_share(rows: int, world: int) -> int:
     return -(-rows // world)
 
 
-def without_targets(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same arrays with every target ignored."""
-    return {name: np.full_like(array, IGNORED) if name in TARGETS else array for name, array in arrays.items()}
+def item_counts_of(batch: Any) -> Mapping[str, int]:
+    """The item counts of a batch; a data plane of one's own may not know of them."""
+    counts: Mapping[str, int] = getattr(batch, "item_counts", {})
+    return counts
+
+
+def counts_of(micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
+    """What a loss over these micro-batches is divided by, of this rank: `targets`, and the item counts.
+
+    Every rank has the same names, as idle micro-batches have them too.
+    """
+    counts = {"targets": sum(batch.num_targets for batch in micro_batches)}
+    for batch in micro_batches:
+        for name, count in batch.item_counts.items():
+            counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def divisors(counts: Mapping[str, float]) -> dict[str, Any]:
+    """What a model is given to divide the terms of its loss by, from the sums of `counts_of` over all ranks."""
+    items = {name: max(1, int(count)) for name, count in counts.items() if name != "targets"}
+    return {"num_items_in_batch": max(1, int(counts["targets"])), **({"item_counts": items} if items else {})}
+
+
+def without_targets(arrays: Mapping[str, np.ndarray], *, tokens: bool = False) -> dict[str, np.ndarray]:
+    """The same arrays with every target ignored; with `tokens`, for a loss that counts each of them, all as padding."""
+    empty = {name: np.full_like(array, IGNORED) if name in TARGETS else array for name, array in arrays.items()}
+    return empty | ({"document_ids": np.zeros_like(arrays["input_ids"])} if tokens else {})

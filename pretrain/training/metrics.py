@@ -50,11 +50,14 @@ class Sink(Protocol):
 class JsonLines:
     """`metrics.jsonl`: one JSON object a line, flushed line by line. On resume, what came after is cut off first."""
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
+    def __init__(self, path: Path, *, first_step: int, scored: bool = True) -> None:
+        """`scored` says that the evaluation of `first_step` is made: else its line, which a kill left, goes too."""
         self.path = path
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines() if first_step else []
             kept = [line for line in lines if _step_of(line) <= first_step]
+            if not scored:
+                kept = [line for line in kept if _step_of(line) < first_step or not _has_scores(line)]
             replace_file(path, "".join(f"{line}\n" for line in kept).encode())
         path.parent.mkdir(parents=True, exist_ok=True)
         # What a full disk refuses waits in the buffer and is written with the next line: room for some thousand lines.
@@ -76,6 +79,11 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError, TypeError):  # a line that was cut off by a kill
         return math.inf
+
+
+def _has_scores(line: str) -> bool:
+    """Whether it is the line of an evaluation: its keys are `name/score`."""
+    return any("/" in key for key in json.loads(line))
 
 
 class ConsoleProgress:
@@ -203,8 +211,9 @@ def open_metrics(
     first_step: int,
     total_steps: int,
     console: Console,
+    scored: bool = True,
 ) -> Metrics:
-    """Open every sink that `log.to` names, for a run that starts or goes on at `first_step`.
+    """Open every sink that `log.to` names, for a run that starts or goes on at `first_step`, evaluated there or not.
 
     Raises:
         ValueError: when a tracker's package is missing; names the remedy.
@@ -212,7 +221,7 @@ def open_metrics(
     sinks: list[Sink] = []
     for kind in destinations:
         if kind == "jsonl":
-            sinks.append(JsonLines(directory / "metrics.jsonl", first_step=first_step))
+            sinks.append(JsonLines(directory / "metrics.jsonl", first_step=first_step, scored=scored))
         elif kind in TRACKERS:
             keywords: dict[str, Any] = {"project": project, "name": name, "run_id": run_id, "config": config}
             sinks.append(TrackerSink(kind, directory=directory, **keywords))

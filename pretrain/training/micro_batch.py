@@ -14,7 +14,7 @@ from pretrain.planning.choice import planned_micro_batch
 from pretrain.planning.facts import ModelFacts
 from pretrain.ranks import Ranks
 from pretrain.training.engines import Engine
-from pretrain.training.feed import Data, Feed, largest_share
+from pretrain.training.feed import Data, Feed, counts_of, divisors, largest_share
 
 _CPU_TOKENS = 4096
 
@@ -63,7 +63,7 @@ def fits(engine: Engine, data: Data, micro_batch: int) -> bool:
     (trial,) = Feed(data, micro_batch, micro_batch, Ranks.alone()).micro_batches(0)
 
     def share() -> Tensor:
-        loss: Tensor = engine.model(**trial.tensors(engine.device), num_items_in_batch=max(1, trial.num_targets)).loss
+        loss: Tensor = engine.model(**trial.tensors(engine.device), **divisors(counts_of([trial]))).loss
         return loss
 
     engine.model.train()

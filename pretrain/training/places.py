@@ -62,18 +62,27 @@ class Place(Protocol):
             OSError: when it is not whole; everything is as it was.
         """
 
-    def settle(self, content: Content, *, best: bool, keep: int) -> None:
+    def settle(self, content: Content, *, best: int | None, keep: int) -> None:
         """Move the pointers to a checkpoint that is whole, then remove what is no longer kept.
+
+        Args:
+            content: of the checkpoint.
+            best: the step that is the best so far, which stays whatever the pointer said before.
+            keep: `checkpoint.keep`.
 
         Raises:
             ArtifactError, OSError: when that failed; the checkpoint is whole all the same.
         """
 
     def steps(self, run_id: str | None = None) -> list[int]:
-        """Steps of the complete checkpoints, in order: of the run, or of all."""
+        """Steps of the complete checkpoints, in order: of the run, or of all.
 
-    def make_room(self, run_id: str) -> list[str]:
-        """Remove every checkpoint but the newest and what is pointed at; returns what was removed."""
+        Raises:
+            OSError: when that cannot be told now: which is not to say that there are none.
+        """
+
+    def make_room(self, run_id: str, best: int | None) -> list[str]:
+        """Remove every checkpoint but the newest, the best and what is pointed at; returns what was removed."""
 
     def free_bytes(self) -> int | None:
         """What may still be written; None where nobody knows."""
@@ -99,8 +108,8 @@ class Place(Protocol):
             ArtifactError: when there were checkpoints and none can be used.
         """
 
-    def repair(self, wanted: Mapping[checkpoint.Pointer, int], report: Report) -> None:
-        """Let the pointers name these steps: a kill, or damage, may have left other ones."""
+    def repair(self, wanted: Mapping[checkpoint.Pointer, int], run_id: str, report: Report) -> None:
+        """Let the pointers name these steps of the run: a kill, or damage, may have left other ones."""
 
     def done(self, found: Path) -> None:
         """What `find` gave has been read by all; for one process of each machine."""
@@ -169,13 +178,13 @@ class Shared:
         together(ranks, aside if ranks.main else lambda: None)
         return str(write_checkpoint(self.directory, content, ranks))
 
-    def settle(self, content: Content, *, best: bool, keep: int) -> None:
-        """Mark the run as saved, move the pointers, rotate."""
+    def settle(self, content: Content, *, best: int | None, keep: int) -> None:
+        """Mark the run as saved, move the pointers, rotate. What is pointed at, rotation spares."""
         if not (self.directory / SAVED_MARK).exists():
             replace_file(self.directory / SAVED_MARK, (json.dumps({"run_id": content.run_id}) + "\n").encode())
         checkpoint.point(self.directory, "latest", content.step)
-        if best:
-            checkpoint.point(self.directory, "best", content.step)
+        if best is not None and best in self.steps(content.run_id):
+            checkpoint.point(self.directory, "best", best)
         (self.directory / RECORD).unlink(missing_ok=True)
         checkpoint.rotate(self.directory, keep=keep)
 
@@ -183,9 +192,9 @@ class Shared:
         """Steps of the complete checkpoints."""
         return [int(path.name.partition("-")[2]) for path in checkpoint.list_checkpoints(self.directory, run_id=run_id)]
 
-    def make_room(self, run_id: str) -> list[str]:
+    def make_room(self, run_id: str, best: int | None) -> list[str]:
         """Remove what only `checkpoint.keep` holds."""
-        return [path.name for path in checkpoint.make_room(self.directory, run_id=run_id)]
+        return [path.name for path in checkpoint.make_room(self.directory, run_id=run_id, best=best)]
 
     def free_bytes(self) -> int:
         """What an ordinary user may still write where the directory lies, or will lie."""
@@ -239,8 +248,9 @@ class Shared:
         found: Any = ranks.on_main(look)
         return None if found is None else Path(found)
 
-    def repair(self, wanted: Mapping[checkpoint.Pointer, int], report: Report) -> None:
+    def repair(self, wanted: Mapping[checkpoint.Pointer, int], run_id: str, report: Report) -> None:
         """Let the pointers name these steps, and say so where the best one is concerned."""
+        own = self.steps(run_id)
         for name, step in wanted.items():
             path = checkpoint.checkpoint_path(self.directory, step)
             try:
@@ -251,7 +261,7 @@ class Shared:
                 pointed = None
                 if name == "best":  # the latest was spoken of when it was looked for
                     report(f"the pointer to the best checkpoint is not used, it names {path.name} again: {error}")
-            if pointed != path and path.is_dir():
+            if pointed != path and step in own:
                 with suppress(OSError, ArtifactError):  # on a full disk; the next save tries again
                     checkpoint.point(self.directory, name, step)
 

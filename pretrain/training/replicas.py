@@ -125,8 +125,8 @@ def _place_numbers(count: int, device: torch.device) -> Tensor:
 
 
 def _wrapped(number: int) -> int:
-    """Modulo 2^63: plain data that every JSON reader takes."""
-    return number % (1 << 63)
+    """Modulo 2^64, as the hashes themselves: a change of the highest bit alone stays."""
+    return number % (1 << 64)
 
 
 def _differing(found: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

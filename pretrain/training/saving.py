@@ -31,9 +31,9 @@ from torch import Tensor
 
 from pretrain.config import RunConfig, config_to_dict, dump_config
 from pretrain.files import ArtifactError, make_directories, update_file
-from pretrain.ranks import LostRankError, Ranks
+from pretrain.ranks import PATIENT_SECONDS, LostRankError, Ranks, words_of
 from pretrain.training import checkpoint, restoring
-from pretrain.training.checkpoint_files import Content
+from pretrain.training.checkpoint_files import Content, together
 from pretrain.training.engines import Engine
 from pretrain.training.engines.job import Job
 from pretrain.training.feed import Data
@@ -83,8 +83,12 @@ class _Save:
 
     content: Content
     best: dict[str, Any] | None
-    is_best: bool
     last: bool
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint once this one is whole; None before there is one."""
+        return None if self.best is None else int(self.best["step"])
 
 
 @dataclass(frozen=True)
@@ -120,14 +124,15 @@ class Saver:
     console: Console
     inputs: Mapping[str, str] = field(default_factory=dict)
     place: Place = field(init=False)
-    _ranks: Ranks = field(init=False)  # with a group of their own: a thread agrees while the loop does
+    # With a group of their own: a thread agrees while the loop does, and waits for a store or a disk, however slow.
+    _ranks: Ranks = field(init=False)
     _snapshots: Snapshots = field(init=False)
     _thread: ThreadPoolExecutor | None = field(init=False, default=None)
     _flight: _Flight | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.place = open_place(self.config, self.directory)
-        self._ranks = self.job.ranks.another_group(timeout=self.config.train.ddp_timeout)
+        self._ranks = self.job.ranks.another_group(timeout=PATIENT_SECONDS)
         above = self.config.checkpoint.shard_above_bytes
         self._snapshots = Snapshots(self.engine, above, lambda names: self.store.together(self.engine.bare, names))
 
@@ -195,8 +200,8 @@ class Saver:
         """Let the save in flight end, whatever else went wrong; its own failure is a line of the log."""
         try:
             self.wait()
-        except (NotSavedError, LostRankError) as error:
-            self._say(str(error))
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            self._say(words_of(error))
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
@@ -209,8 +214,7 @@ class Saver:
     def _begin(self, progress: Progress, loss: float | None, *, last: bool, copied: bool) -> _Save:
         """All that the save needs, as it is now."""
         best: dict[str, Any] | None = progress.best
-        is_best = loss is not None and _better(loss, best)
-        if is_best:
+        if loss is not None and _better(loss, best):
             best = {"step": progress.step, "loss": loss}
         snapshot = self._snapshots.take(copied=copied)
         shares, rank = snapshot.shares, self._ranks.rank
@@ -235,7 +239,7 @@ class Saver:
                 "scaler": self.engine.scaler_state(),
             },
         )
-        return _Save(content, best, is_best, last)
+        return _Save(content, best, last)
 
     def _try(self, save: _Save) -> str | None:
         """Save as often as it takes, by the first rank's decision; beside the training this is a thread's work."""
@@ -245,6 +249,8 @@ class Saver:
         while True:
             try:
                 return self._write(save)
+            except LostRankError:  # an OSError, but of no disk: what is there must stay
+                raise
             except OSError as error:
                 failed = error
             verdict, words = self._ranks.on_main(lambda: self._after(save, failed, deadline))  # noqa: B023
@@ -264,11 +270,14 @@ class Saver:
             OSError: when the checkpoint is not whole; everything is as it was.
         """
         path = self.place.write(save.content, self._ranks, self._say)
-        if self._ranks.main:
+
+        def settle() -> None:
             try:
-                self.place.settle(save.content, best=save.is_best, keep=self.config.checkpoint.keep)
+                self.place.settle(save.content, best=save.best_step, keep=self.config.checkpoint.keep)
             except (OSError, ArtifactError) as error:  # it is whole: a run goes on from it whatever else failed
                 self._say(f"saved {path}, but could not move the pointers or remove older checkpoints: {error}")
+
+        together(self._ranks, settle if self._ranks.main else lambda: None)  # it may last: all end the save at once
         return path
 
     def _after(self, save: _Save, error: OSError, deadline: float | None) -> tuple[str, str]:
@@ -288,8 +297,11 @@ class Saver:
         return "wait", ""
 
     def _not_saved(self, save: _Save, error: OSError) -> str:
-        whole = self.place.steps(save.content.run_id)
-        newest = f"the newest whole one is step-{whole[-1]:08d}" if whole else "there is none yet"
+        try:
+            whole = self.place.steps(save.content.run_id)
+            newest = f"the newest whole one is step-{whole[-1]:08d}" if whole else "there is none yet"
+        except OSError as unknown:
+            newest = f"which one is the newest cannot be told ({unknown})"
         free = self.place.free_bytes()
         needs = f"It needs {amount(self.checkpoint_bytes())}" + ("" if free is None else f", {amount(free)} are free")
         return (
@@ -298,7 +310,10 @@ class Saver:
         )
 
     def _lost(self, save: _Save) -> str:
-        whole = self.place.steps(save.content.run_id)
+        try:
+            whole = self.place.steps(save.content.run_id)
+        except OSError:
+            return "When there is an answer, run the same command again: it goes on from the newest checkpoint there."
         first = whole[-1] if whole else 0
         return (
             f"Steps {first + 1:,} to {save.content.step:,} are lost; when there is space, run the same command again: "
@@ -308,7 +323,7 @@ class Saver:
     def _make_room(self, save: _Save) -> bool:
         """Remove what only `checkpoint.keep` holds; returns whether there was something."""
         try:
-            removed = self.place.make_room(save.content.run_id)
+            removed = self.place.make_room(save.content.run_id, save.best_step)
         except (OSError, ArtifactError) as error:
             self._say(f"no room was made: {error}")
             return False
@@ -332,7 +347,7 @@ class Saver:
         Raises:
             ValueError: names what is in the way, and the remedy.
         """
-        self.place.check(self.job.ranks)
+        self.place.check(self._ranks)
 
     def check_space(self, progress: Progress, *, save_every: int, judged: bool) -> None:
         """Refuse a run whose checkpoints do not fit on the disk, before it is trained.
@@ -369,7 +384,7 @@ class Saver:
             ArtifactError: when what is there cannot be used.
             ValueError: when the data is not what the checkpoint saw.
         """
-        ranks = self.job.ranks
+        ranks = self._ranks
         found = self.place.find(ranks, self._say)
         if found is None:
             return None
@@ -392,7 +407,7 @@ class Saver:
             wanted: dict[checkpoint.Pointer, int] = {"latest": progress.step}
             if progress.best is not None:
                 wanted["best"] = int(progress.best["step"])
-            self.place.repair(wanted, self._say)
+            self.place.repair(wanted, progress.run_id, self._say)
         ranks.barrier()
         if ranks.local_rank == 0:
             self.place.done(found)

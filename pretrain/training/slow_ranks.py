@@ -7,7 +7,8 @@ A slow rank cannot be seen in the length of a step: all ranks meet in every step
 slowest. What is measured is therefore what a rank does before it meets the others:
 
     data     the wait for its rows
-    host     from the end of one step to the next step's first meeting, less the wait: logging, Python, swapping
+    host     from the last meeting of one step to the first of the next, less the wait: logging, Python, swapping,
+             and the update where each rank makes it by itself, on the processor (ddp without a GPU)
     forward  its forward passes (not with fsdp2 and zero3, where ranks meet in every layer)
 
 The backward pass is left out, since gradients meet in it; a device that is slow is slow in the forward pass too. A
@@ -111,12 +112,14 @@ class SlowRanks:
         self._hosts = hosts
         self._events = engine.device.type == "cuda"
         self._forward = not engine.meets_in_forward
+        self._updates_alone = engine.name == "ddp" and not self._events
         self._clock = clock
         self.begin()
 
     def begin(self) -> None:
         """The run begins, or goes on from a checkpoint."""
         self._left: float | None = None
+        self._met: float | None = None
         self._window: list[_Step] = []
         self._looks = 0
         self._said: dict[tuple[int, str], int] = {}
@@ -148,9 +151,22 @@ class SlowRanks:
             yield
             self._window[-1].forward.append(self._clock() - begun)
 
+    def noticing(self, agree: Callable[..., Any]) -> Callable[..., Any]:
+        """`agree`, and a note of when it was over where it is the last meeting before a rank's own update."""
+        if not self._updates_alone:
+            return agree
+
+        def noticed(*values: float) -> Any:
+            sums = agree(*values)
+            self._met = self._clock()
+            return sums
+
+        return noticed
+
     def leave(self) -> None:
-        """The last meeting of a step is over."""
-        now = self._clock()
+        """A step is over; its last meeting was now, or when it was noticed."""
+        now = self._met if self._met is not None else self._clock()
+        self._met = None
         if self._left is not None and self._window:
             self._window[-1].total = now - self._left
         self._left = now
@@ -168,6 +184,7 @@ class SlowRanks:
         if self._every is None or step % self._every:
             return []
         window, self._window = self._window, []
+        self._met = None  # the meeting here comes after it
         totals = [one.total for one in window if not np.isnan(one.total)]
         times = np.zeros((self._ranks.world, len(window), len(PARTS)))  # zero where another rank has the numbers
         times[self._ranks.rank] = [[one.data, one.host, self._seconds_of(one)] for one in window]

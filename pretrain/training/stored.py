@@ -6,6 +6,7 @@ must not: how a store is spoken to (`pretrain.stores`), what is in a checkpoint,
     <checkpoint.to>/<run>/
         step-00001000/...                 the files of a checkpoint, as they would lie on a disk
         step-00001000/manifest.json       written last, removed first: without it there is no checkpoint
+        step-00001000.2/...               where one of that step is whole already: nothing is written over
         latest.json best.json run.json    as on a disk
 
 Each rank writes its share to its own disk, hashing the memory that is written, uploads it and removes it. Going on, one
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pretrain.config import RunConfig
 from pretrain.config_types import redacted
@@ -44,7 +45,41 @@ from pretrain.training.checkpoint_files import KIND, Content, together, write_he
 from pretrain.training.places import RECORD, SAVED_MARK, Place, Report, Shared, recorded_store
 from pretrain.training.progress import Progress
 
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+_FOLDER = re.compile(r"step-(\d{8,})(?:\.([1-9]\d*))?")
+
+
+@dataclass(frozen=True, order=True)
+class Folder:
+    """Where a checkpoint lies in a store.
+
+    Attributes:
+        step: of the checkpoint.
+        number: 1, or more where another one of that step was whole when this one was begun.
+    """
+
+    step: int
+    number: int = 1
+
+    @classmethod
+    def of(cls, name: str) -> Self | None:
+        """The folder of a file, or of a folder's name; None when it belongs to no checkpoint."""
+        match = _FOLDER.fullmatch(name.partition("/")[0])
+        return cls(int(match[1]), int(match[2] or 1)) if match else None
+
+    @property
+    def plain(self) -> str:
+        """As a checkpoint of the step is called on a disk."""
+        return checkpoint.checkpoint_path(Path(), self.step).name
+
+    @property
+    def name(self) -> str:
+        """As it is called in the store."""
+        return self.plain if self.number == 1 else f"{self.plain}.{self.number}"
+
+    @property
+    def manifest(self) -> str:
+        """The file that is written last and removed first."""
+        return f"{self.name}/{MANIFEST}"
 
 
 def open_place(config: RunConfig, directory: Path) -> Place:
@@ -79,7 +114,7 @@ class Stored:
 
     def where(self, step: int) -> str:
         """The checkpoint's URL."""
-        return f"{self.name}/{_step_name(step)}"
+        return f"{self.name}/{Folder(step).name}"
 
     def check(self, ranks: Ranks) -> None:
         """See that every rank can write, read and remove."""
@@ -88,9 +123,8 @@ class Stored:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def write(self, content: Content, ranks: Ranks, report: Report) -> str:
-        """Upload every rank's share, and the manifest last; one of the same step is removed first."""
-        step = checkpoint.checkpoint_path(self.directory, content.step).name
-        together(ranks, (lambda: self._remove(step)) if ranks.main else _nothing)
+        """Upload every rank's share, and the manifest last; a whole one of the same step stays until this one is."""
+        step = together(ranks, (lambda: self._make_way(content, report)) if ranks.main else _nothing)[0]
         with self._staging(f"upload-{ranks.rank}") as staging:
 
             def share() -> dict[str, str]:
@@ -109,6 +143,18 @@ class Stored:
             together(ranks, publish if ranks.main else _nothing)
         return f"{self.name}/{step}"
 
+    def _make_way(self, content: Content, report: Report) -> str:
+        """A folder for a checkpoint in which nothing lies; what was begun of its step and is not whole goes."""
+        names = self.store.list()
+        of_step = {folder for folder in _folders(names) if folder.step == content.step}
+        whole = {folder for folder in of_step if folder.manifest in names}
+        for folder in sorted(of_step - whole):
+            self._remove(folder, names)
+        made = Folder(content.step, 1 + max((folder.number for folder in whole), default=0))
+        if any(self._run_of(folder) != content.run_id for folder in whole):
+            report(f"another run's checkpoint of step {content.step:,} lies in {self.name}; this one is {made.name}")
+        return made.name
+
     @contextmanager
     def _staging(self, name: str) -> Iterator[Path]:
         """An empty directory, removed in the end; what a killed process left of that name goes first."""
@@ -120,62 +166,66 @@ class Stored:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    def settle(self, content: Content, *, best: bool, keep: int) -> None:
+    def settle(self, content: Content, *, best: int | None, keep: int) -> None:
         """Move the pointers, then remove what is no longer kept, and what a killed process left."""
         record = {"to": self.url, "run": self.name, "step": content.step}
         update_file(self.directory / RECORD, (json.dumps(record) + "\n").encode())
-        step, run = checkpoint.checkpoint_path(self.directory, content.step).name, content.run_id
         if self.store.read(SAVED_MARK) is None:
-            self.store.put_bytes(SAVED_MARK, (json.dumps({"run_id": run}) + "\n").encode())
-        pointer = {"checkpoint": step, "step": content.step, "run_id": run}
-        self.store.put_bytes("latest.json", checkpoint.pointer_bytes(pointer))
-        if best:
-            self.store.put_bytes("best.json", checkpoint.pointer_bytes(pointer))
+            self.store.put_bytes(SAVED_MARK, (json.dumps({"run_id": content.run_id}) + "\n").encode())
         names = self.store.list()
-        own = [number for number in self._whole(names, run) if number <= content.step]
-        pointed = self._pointer("best").get("step")
-        for number in own[: max(0, len(own) - keep)]:
-            if number not in (pointed, content.step):
-                self._remove(_step_name(number), names)
-        for left in sorted({name.partition("/")[0] for name in names if _STEP_NAME.match(name)}):
-            if f"{left}/{MANIFEST}" not in names and left != step:
-                self._remove(left, names)
+        own = [folder for folder in self._whole(names, content.run_id) if folder.step <= content.step]
+        newest = {folder.step: folder for folder in own}  # of each step the one that was begun last
+        self._point("latest", newest.get(content.step, Folder(content.step)), content.run_id)
+        if best is not None and best in newest:
+            self._point("best", newest[best], content.run_id)
+        stay = {*sorted(newest)[-keep:], content.step, best, self._pointer("best").get("step")}
+        for folder in own:
+            if folder.step not in stay or folder != newest[folder.step]:
+                self._remove(folder, names)
+        for folder in sorted(_folders(names) - {Folder(content.step)}):
+            if folder.manifest not in names:
+                self._remove(folder, names)
 
-    def make_room(self, run_id: str) -> list[str]:
+    def make_room(self, run_id: str, best: int | None) -> list[str]:
         """A store has room, or its owner makes some."""
         return []
 
-    def _remove(self, step: str, names: Sequence[str] | None = None) -> None:
+    def _remove(self, folder: Folder, names: Sequence[str]) -> None:
         """The marker first: a removal that is cut short leaves no half checkpoint."""
-        found = [name for name in (self.store.list() if names is None else names) if name.startswith(f"{step}/")]
-        for name in sorted(found, key=lambda name: name != f"{step}/{MANIFEST}"):
+        found = [name for name in names if name.startswith(f"{folder.name}/")]
+        for name in sorted(found, key=lambda name: name != folder.manifest):
             self.store.delete(name)
+
+    def _point(self, name: checkpoint.Pointer, folder: Folder, run_id: str) -> None:
+        """Let a pointer name a checkpoint, unless it does."""
+        pointer = {"checkpoint": folder.name, "step": folder.step, "run_id": run_id}
+        if self._pointer(name) != pointer:
+            self.store.put_bytes(f"{name}.json", checkpoint.pointer_bytes(pointer))
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
     def steps(self, run_id: str | None = None) -> list[int]:
-        """Steps of the run's complete checkpoints; none while the store does not answer."""
-        try:
-            return self._whole(self.store.list(), run_id)
-        except StoreError:
-            return []
+        """Steps of the run's complete checkpoints.
 
-    def _whole(self, names: Sequence[str], run_id: str | None) -> list[int]:
+        Raises:
+            StoreError: when the store does not answer: then nobody knows.
+        """
+        return sorted({folder.step for folder in self._whole(self.store.list(), run_id)})
+
+    def _whole(self, names: Sequence[str], run_id: str | None) -> list[Folder]:
+        """The complete checkpoints, in order: of the run, or of all."""
         there, found = set(names), []
-        for name in names:
-            step, _, file = name.partition("/")
-            match = _STEP_NAME.fullmatch(step)
-            if match is None or file != MANIFEST:
+        for folder in _marked(names):
+            manifest = self._manifest(folder)
+            if manifest is None or run_id not in (None, manifest.facts.get("run_id")):
                 continue
-            manifest = self._manifest(step)
-            whole = manifest is not None and all(f"{step}/{file}" in there for file in manifest.files)
-            if manifest is not None and whole and run_id in (None, manifest.facts.get("run_id")):
-                found.append(int(match[1]))
-        return sorted(found)
+            if all(f"{folder.name}/{file}" in there for file in manifest.files):
+                found.append(folder)
+        return found
 
-    def _manifest(self, step: str) -> Manifest | None:
-        """The manifest of a step; None when there is none, or half of one."""
-        data = self.store.read(f"{step}/{MANIFEST}")
+    def _manifest(self, folder: Folder) -> Manifest | None:
+        """The manifest of a checkpoint; None when there is none, or half of one."""
+        data = self.store.read(folder.manifest)
         if data is None:
             return None
         with self._staging(f"manifest-{uuid.uuid4().hex[:8]}") as staging, suppress(ArtifactError):
@@ -210,37 +260,40 @@ class Stored:
         """
         leader = ranks.rank - ranks.local_rank
         cache = self.directory / f"{TEMPORARY_PREFIX}fetched-{leader}"
-        step = ranks.on_main(lambda: self._fetch_newest(cache, report))
-        if step is None or step == "":
-            return Shared(self.directory).newest(ranks, report) if step == "" else None
+        name = ranks.on_main(lambda: self._fetch_newest(cache, report))
+        folder = Folder.of(name or "")
+        if folder is None:
+            return None if name is None else Shared(self.directory).newest(ranks, report)
         brings = ranks.local_rank == 0 and not ranks.main
-        together(ranks, (lambda: self._fetch(step, cache)) if brings else _nothing)
-        return cache / "checkpoints" / str(step)
+        together(ranks, (lambda: self._fetch(folder, cache)) if brings else _nothing)
+        return cache / "checkpoints" / folder.plain
 
     def _fetch_newest(self, cache: Path, report: Report) -> str | None:
-        """The step that was fetched; None when nothing was ever saved, empty when the local directory is ahead."""
+        """What was fetched; None when nothing was ever saved, empty when the local directory is ahead."""
         remove_leftovers(self.directory)
         names, owner = self.store.list(), self._pointer("latest").get("run_id")
-        marked = sorted({name.partition("/")[0] for name in names if name.endswith(f"/{MANIFEST}")}, reverse=True)
-        marked = [step for step in marked if _STEP_NAME.fullmatch(step)]
-        if self._is_behind(marked):
+        marked = _marked(names)[::-1]
+        if owner is None:
+            runs = {run for folder in marked if (run := self._run_of(folder)) is not None}
+            if len(runs) > 1:
+                raise ArtifactError(
+                    f"`{self.name}` holds checkpoints of several runs, and no pointer says which one is to go on; "
+                    "remove those of the others"
+                )
+            owner = next(iter(runs), None)
+        if self._is_behind(marked, owner):
             report(f"`{self.directory}` holds newer checkpoints than `{self.name}`: the run goes on from there")
             return ""
-        if owner is None and len({self._facts(step).get("run_id") for step in marked}) > 1:
-            raise ArtifactError(
-                f"`{self.name}` holds checkpoints of several runs, and no pointer says which one is to go on; remove "
-                "those of the others"
-            )
-        for step in marked:
+        for folder in marked:
             try:
-                run = self._fetch(step, cache)
+                run = self._fetch(folder, cache)
             except (ArtifactError, OSError) as error:
-                report(f"checkpoint {step} is not used: {error}")
+                report(f"checkpoint {folder.name} is not used: {error}")
                 shutil.rmtree(cache, ignore_errors=True)
                 continue
             if owner in (None, run):
-                return step
-            report(f"checkpoint {step} is not used: it is of run {run}, this is run {owner}")
+                return folder.name
+            report(f"checkpoint {folder.name} is not used: it is of run {run}, this is run {owner}")
             shutil.rmtree(cache, ignore_errors=True)
         other = None if marked else recorded_store(self.directory)
         if other is not None and other["run"] != self.name:
@@ -255,39 +308,52 @@ class Stored:
             )
         return None
 
-    def _is_behind(self, marked: Sequence[str]) -> bool:
-        local = checkpoint.list_checkpoints(self.directory)
-        return bool(local) and (not marked or marked[0] < local[-1].name)
+    def _is_behind(self, marked: Sequence[Folder], owner: str | None) -> bool:
+        """Whether the training directory holds newer checkpoints of the run than the store.
 
-    def _facts(self, step: str) -> Mapping[str, Any]:
-        manifest = self._manifest(step)
-        return {} if manifest is None else manifest.facts
+        Raises:
+            ArtifactError: when all that it holds are of another run.
+        """
+        local = Shared(self.directory)
+        if not marked or not local.steps():
+            return bool(local.steps())
+        own = local.steps(owner)
+        if not own:
+            raise ArtifactError(
+                f"`{self.directory}` holds checkpoints of another run than `{self.name}`, which holds those of run "
+                f"{owner}; give another name=, or move away those that are not meant"
+            )
+        newest = next((folder.step for folder in marked if owner in (None, self._run_of(folder))), 0)
+        return newest < own[-1]
 
-    def _fetch(self, step: str, cache: Path) -> str:
+    def _run_of(self, folder: Folder) -> str | None:
+        """Whose checkpoint it is; None where its manifest does not tell."""
+        manifest = self._manifest(folder)
+        return None if manifest is None else manifest.facts.get("run_id")
+
+    def _fetch(self, folder: Folder, cache: Path) -> str:
         """Bring a checkpoint and compare every digest; returns its run."""
-        place = cache / "checkpoints" / step
-        self._bring(step, place, "")
+        place = cache / "checkpoints" / folder.plain
+        self._bring(folder, place, "")
         return checkpoint.load_checkpoint(place).run_id
 
-    def _bring(self, step: str, place: Path, prefix: str) -> Manifest:
+    def _bring(self, folder: Folder, place: Path, prefix: str) -> Manifest:
         """Copy the manifest and the files whose names begin with `prefix`."""
         shutil.rmtree(place, ignore_errors=True)
-        self.store.get(f"{step}/{MANIFEST}", place / MANIFEST)
+        self.store.get(folder.manifest, place / MANIFEST)
         manifest = read_manifest(place, KIND)
         for name in manifest.files:
             if name.startswith((prefix, "trainer.json")):
-                self.store.get(f"{step}/{name}", place / name)
+                self.store.get(f"{folder.name}/{name}", place / name)
         return manifest
 
-    def repair(self, wanted: Mapping[checkpoint.Pointer, int], report: Report) -> None:
+    def repair(self, wanted: Mapping[checkpoint.Pointer, int], run_id: str, report: Report) -> None:
         """Let the pointers name these steps."""
         with suppress(StoreError):  # the next save tries again
-            known = set(self.steps())
+            newest = {folder.step: folder for folder in self._whole(self.store.list(), run_id)}
             for name, step in wanted.items():
-                run = self._facts(_step_name(step)).get("run_id") if step in known else None
-                if run is not None and self._pointer(name).get("step") != step:
-                    pointer = {"checkpoint": _step_name(step), "step": step, "run_id": run}
-                    self.store.put_bytes(f"{name}.json", checkpoint.pointer_bytes(pointer))
+                if step in newest:
+                    self._point(name, newest[step], run_id)
 
     def done(self, found: Path) -> None:
         """Every rank has read it: what was fetched goes; what lies in the run's own directory stays."""
@@ -307,14 +373,14 @@ class Stored:
             ArtifactError: when a digest is not the manifest's.
             StoreError: when the store does not answer.
         """
-        step = step or self._pointer("latest").get("checkpoint")
-        data = self.store.read(f"{step}/{MANIFEST}") if step else None
-        if step is None or data is None:
+        folder = self._named(step)
+        data = None if folder is None else self.store.read(folder.manifest)
+        if folder is None or data is None:
             return None
-        place = self.directory / "fetched" / step
+        place = self.directory / "fetched" / folder.plain
         if not ((place / MANIFEST).is_file() and (place / MANIFEST).read_bytes() == data):
-            partial = self.directory / f"{TEMPORARY_PREFIX}fetched-{uuid.uuid4().hex[:8]}" / step
-            manifest = self._bring(step, partial, "model/")
+            partial = self.directory / f"{TEMPORARY_PREFIX}fetched-{uuid.uuid4().hex[:8]}" / folder.plain
+            manifest = self._bring(folder, partial, "model/")
             own = {name: digest for name, digest in manifest.files.items() if (partial / name).is_file()}
             verify_manifest(partial, Manifest(manifest.kind, {}, files=own))
             shutil.rmtree(place, ignore_errors=True)
@@ -322,6 +388,17 @@ class Stored:
             partial.rename(place)
             partial.parent.rmdir()
         return place
+
+    def _named(self, step: str | None) -> Folder | None:
+        """Where the checkpoint of a step lies, of the run that `latest` names, or what that names itself."""
+        latest = self._pointer("latest")
+        named, wanted = Folder.of(str(latest.get("checkpoint"))), Folder.of(step or "")
+        if step is None or wanted is None:
+            return named if step is None else None
+        if named is not None and named.step == wanted.step:
+            return named
+        owner, of_step = latest.get("run_id"), [one for one in _marked(self.store.list()) if one.step == wanted.step]
+        return next((one for one in reversed(of_step) if owner in (None, self._run_of(one))), None)
 
 
 def stored_model(directory: Path, step: str | None = None) -> Path | None:
@@ -345,8 +422,14 @@ def stored_model(directory: Path, step: str | None = None) -> Path | None:
         raise ArtifactError(f"the checkpoints of `{directory}` lie in a store that cannot be read: {error}") from error
 
 
-def _step_name(step: int) -> str:
-    return checkpoint.checkpoint_path(Path(), step).name
+def _marked(names: Sequence[str]) -> list[Folder]:
+    """The folders that have a manifest, in order."""
+    return sorted(folder for folder in _folders(names) if folder.manifest in names)
+
+
+def _folders(names: Sequence[str]) -> set[Folder]:
+    """The folders in which something lies, of a checkpoint that is whole or not."""
+    return {folder for name in names if (folder := Folder.of(name))}
 
 
 def _nothing() -> None:

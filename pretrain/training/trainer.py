@@ -15,8 +15,8 @@ import socket
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from pretrain.runtime import StopSignals, peak_memory_bytes, set_seed
 from pretrain.training import checkpoint
 from pretrain.training.engines import make_engine
 from pretrain.training.engines.job import Job, open_job
-from pretrain.training.feed import Data, Feed, MicroBatch
+from pretrain.training.feed import Data, Feed, MicroBatch, counts_of, divisors
 from pretrain.training.flops import peak_flops
 from pretrain.training.guard import Guard, error, message
 from pretrain.training.metrics import JsonLines, Metrics, open_metrics
@@ -106,7 +106,7 @@ class Trainer:
     Args:
         config: the run configuration.
         model: any module whose `forward(**batch, num_items_in_batch=n)` returns an object with `.loss`, the sum of
-            the token losses over n.
+            the token losses over n; where batches have item counts it is given `item_counts` too, by name.
         data: the data plane.
         optimizer: its groups hold `initial_lr`, which the schedule scales.
         store: writes and reads the model.
@@ -234,7 +234,7 @@ class Trainer:
                 saved = progress.step if whole is not None else saved
             self.heartbeat.beat(progress.step, "step")  # waiting for its data belongs to a step
 
-        with self._open_metrics(progress) as metrics, closing(self.saver):
+        with self._open_metrics(progress) as metrics, self._saves_ended(progress):
             stop.agree()
             settle()
             for micro_batches, waited in self.feed.ahead(progress.step, progress.total_steps):
@@ -249,6 +249,15 @@ class Trainer:
                 self.saver.save(progress, loss=self._judged(progress))
         return progress.step
 
+    @contextmanager
+    def _saves_ended(self, progress: Progress) -> Iterator[None]:
+        """Whatever happens, the save in flight ends first; it may take longer than a step may."""
+        try:
+            yield
+        finally:
+            self.heartbeat.beat(progress.step, "save")
+            self.saver.close()
+
     def _step(
         self, progress: Progress, micro_batches: Sequence[MicroBatch], waited: float, metrics: Metrics, stop: AgreedStop
     ) -> None:
@@ -257,16 +266,15 @@ class Trainer:
         scale = learning_rate_scale(progress.step, progress.total_steps, self.config.schedule)
         self._set_learning_rate(scale)
         self.slow_ranks.arrive(waited)
-        num_targets, num_tokens = self.ranks.sum(
-            [sum(batch.num_targets for batch in micro_batches), sum(batch.num_tokens for batch in micro_batches)]
-        )
-        share = self._backward(micro_batches, int(num_targets))
+        own = counts_of(micro_batches)
+        *counts, num_tokens = self.ranks.sum([*own.values(), sum(batch.num_tokens for batch in micro_batches)])
+        share = self._backward(micro_batches, dict(zip(own, counts, strict=True)))
         progress.step += 1
         progress.samples += self.config.rows_per_batch
         progress.tokens += self.config.train.batch_tokens
         progress.text_tokens += int(num_tokens)
         sent = Sent(progress.step, progress.tokens, int(num_tokens), scale, since, waited, micro_batches)
-        all_known = self.road.update(progress.guard, sent, share, stop.agree)
+        all_known = self.road.update(progress.guard, sent, share, self.slow_ranks.noticing(stop.agree))
         slow = self.slow_ranks.look(progress.step)
         self.slow_ranks.leave()
         for line in slow:
@@ -303,16 +311,17 @@ class Trainer:
         if verdict.why and (verdict.why != "overflow" or verdict.stop):
             self._report(progress, known)
 
-    def _backward(self, micro_batches: Sequence[MicroBatch], num_targets: int) -> Tensor:
-        """The gradient of the global batch; returns this rank's share of its loss."""
+    def _backward(self, micro_batches: Sequence[MicroBatch], counts: Mapping[str, float]) -> Tensor:
+        """The gradient of the global batch (`counts`: over all ranks); returns this rank's share of its loss."""
         self.engine.model.train()
+        by = divisors(counts)
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             tensors = batch.tensors(self.device)
 
             def share(tensors: dict[str, Tensor] = tensors) -> Tensor:
                 with self.slow_ranks.computing():
-                    loss: Tensor = self.engine.model(**tensors, num_items_in_batch=max(1, num_targets)).loss
+                    loss: Tensor = self.engine.model(**tensors, **by).loss
                 return loss
 
             total += self.engine.backward(share, last=number == len(micro_batches))
@@ -337,9 +346,13 @@ class Trainer:
 
     def _next_call(self, progress: Progress) -> str:
         """From where the next call goes on, when this one ends with an error."""
+        self.heartbeat.beat(progress.step, "save")  # one in flight may take longer than a step may
         self.saver.close()
-        whole = self.saver.place.steps(progress.run_id)
-        where = f"checkpoint step-{whole[-1]:08d}" if whole else "step 0: nothing is saved yet"
+        try:
+            whole = self.saver.place.steps(progress.run_id)
+            where = f"checkpoint step-{whole[-1]:08d}" if whole else "step 0: nothing is saved yet"
+        except OSError:
+            where = f"the newest checkpoint in {self.saver.place.name}"
         return f"The next call goes on from {where}."
 
     def _numbers(self, known: Known, seconds: float, seconds_of_run: float) -> dict[str, float]:
@@ -415,8 +428,8 @@ class Trainer:
         while self.ranks.broadcast(len(times) < 3 or (sum(times) < _PROBE_SECONDS and len(times) < 50)):
             started = time.perf_counter()
             micro_batches = feed.micro_batches(len(times))
-            (num_targets,) = self.ranks.sum([sum(batch.num_targets for batch in micro_batches)])
-            self._backward(micro_batches, int(num_targets))
+            own = counts_of(micro_batches)
+            self._backward(micro_batches, dict(zip(own, self.ranks.sum(list(own.values())), strict=True)))
             self.engine.update(self.config.train.max_grad_norm, math.isfinite)
             times.append(time.perf_counter() - started)
         self.engine.clear_state()
@@ -472,4 +485,5 @@ class Trainer:
             first_step=progress.step,
             total_steps=progress.total_steps,
             console=self.console,
+            scored=progress.scored_at == progress.step,
         )

@@ -13,6 +13,7 @@ import importlib.util
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -38,38 +39,58 @@ def collect(topics: Sequence[str] = TOPICS) -> list[tuple[Fault, str, int]]:
     return sorted(faults, key=lambda entry: _order(entry[0].row))
 
 
-def page(lines: Sequence[Line], command: str) -> str:
-    """The table as markdown."""
-    tries, survived = (sum(getattr(line.outcome, key) for line in lines) for key in ("tries", "survived"))
+Cells = list[str]
+"""A line of the table: row, fault, promise, tries, survived, work lost, note, seconds, commit."""
+
+
+def cells_of(line: Line, commit: str) -> Cells:
+    """A line of the table, as text."""
+    outcome = line.outcome
+    survived = f"{outcome.survived:,}"
+    texts = [
+        line.fault.row,
+        line.fault.fault,
+        line.fault.promise,
+        f"{outcome.tries:,}",
+        survived if outcome.survived == outcome.tries else f"**{survived}**",
+        outcome.lost,
+        outcome.note,
+        f"{line.seconds:.0f}",
+        commit,
+    ]
+    return [" ".join(text.replace("|", "\\|").split()) for text in texts]
+
+
+def kept_of(page_text: str, again: Sequence[Cells]) -> list[Cells]:
+    """The lines of an earlier page whose faults were not run again."""
+    replaced = {(cells[0], cells[1]) for cells in again}
+    rows = [line for line in page_text.splitlines() if line.startswith("| ") and line[2:3].isdigit()]
+    earlier = [re.split(r"(?<!\\) \| ", row.removeprefix("| ").removesuffix(" |")) for row in rows]
+    return [cells for cells in earlier if (cells[0], cells[1]) not in replaced]
+
+
+def page(lines: Sequence[Cells], command: str) -> str:
+    """The table as markdown, in order of rows."""
+    tries, survived, seconds = (
+        sum(int(cells[place].replace(",", "").strip("*")) for cells in lines) for place in (3, 4, 7)
+    )
     text = [
         "# Faults",
         "",
         "What was done to real runs, and what they did. A try survives when everything in the column of promises held.",
         '"Exact": same rows, learning rate and loss at every step and the same final weights, bit for bit, as a run of',
-        "the same configuration that was never interrupted.",
+        "the same configuration that was never interrupted. `--only` runs some rows again and leaves the others: each",
+        "line names its commit.",
         "",
         f"- {survived:,} of {tries:,} tries survived",
         f"- command: `{command}`",
-        f"- commit: {_commit()}",
         f"- machine: {_machine()}",
-        f"- {sum(line.seconds for line in lines) / 60:.1f} minutes",
+        f"- {seconds / 60:.1f} minutes",
         "",
-        "| row | fault | promise | tries | survived | work lost | note | seconds |",
-        "|---|---|---|---:|---:|---|---|---:|",
+        "| row | fault | promise | tries | survived | work lost | note | seconds | commit |",
+        "|---|---|---|---:|---:|---|---|---:|---|",
     ]
-    for line in lines:
-        outcome = line.outcome
-        cells = [
-            line.fault.row,
-            line.fault.fault,
-            line.fault.promise,
-            f"{outcome.tries:,}",
-            f"{outcome.survived:,}" if outcome.survived == outcome.tries else f"**{outcome.survived:,}**",
-            outcome.lost,
-            outcome.note,
-            f"{line.seconds:.0f}",
-        ]
-        text.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    text += ["| " + " | ".join(cells) + " |" for cells in sorted(lines, key=lambda cells: _order(cells[0]))]
     return "\n".join(text) + "\n"
 
 
@@ -108,9 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     lines = inject_all([entry for entry in faults if entry[0].timed], 1)
     lines += inject_all([entry for entry in faults if not entry[0].timed], parsed.jobs)
-    lines.sort(key=lambda line: _order(line.fault.row))
+    commit = _commit()
+    cells = [cells_of(line, commit) for line in sorted(lines, key=lambda line: _order(line.fault.row))]
+    if wanted and parsed.out is not None and parsed.out.is_file():
+        cells += kept_of(parsed.out.read_text(encoding="utf-8"), cells)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    text = page(lines, os.environ.get("FAULTS_COMMAND") or shlex.join(["python", "scripts/faults", *given]))
+    text = page(cells, os.environ.get("FAULTS_COMMAND") or shlex.join(["python", "scripts/faults", *given]))
     if parsed.out is None:
         sys.stdout.write(text)
     else:

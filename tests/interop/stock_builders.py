@@ -11,7 +11,21 @@ from torch import Tensor
 from pretrain.interop import from_stock, to_stock
 from pretrain.models import LoomConfig, loom_config, model_class, model_from_config
 
-ARCHITECTURE_NAMES = ["bert", "modernbert", "gpt2", "llama"]
+ENCODERS = ["bert", "roberta", "electra", "albert", "modernbert", "eurobert"]
+DECODERS = ["gpt2", "llama", "qwen3", "modernbert-decoder"]
+ARCHITECTURE_NAMES = ENCODERS + DECODERS
+TABLES_OF_THEIR_OWN = ["electra", "modernbert", "eurobert", *DECODERS]
+"""Designs whose stock class holds a token head that is not tied."""
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "electra": {"embedding_size": 16},
+    "albert": {"embedding_size": 16},
+    "modernbert": {"local_window": 10, "rope_theta": 3000.0, "local_rope_theta": 50.0},
+    "modernbert-decoder": {"local_window": 7, "rope_theta": 3000.0, "local_rope_theta": 50.0},
+    "eurobert": {"num_key_value_heads": 2, "head_dim": 8},
+    "llama": {"num_key_value_heads": 2, "head_dim": 8},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+}
 
 
 def tiny_config(architecture: str, **keys: Any) -> LoomConfig:
@@ -23,11 +37,7 @@ def tiny_config(architecture: str, **keys: Any) -> LoomConfig:
         "num_attention_heads": 4,
         "max_position_embeddings": 48,
     }
-    if architecture == "llama":
-        sizes |= {"num_key_value_heads": 2, "head_dim": 8}
-    if architecture == "modernbert":
-        sizes |= {"local_window": 10, "rope_theta": 3000.0, "local_rope_theta": 50.0}
-    return loom_config(architecture, **(sizes | keys))
+    return loom_config(architecture, **(sizes | _SIZES.get(architecture, {}) | keys))
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
@@ -58,9 +68,9 @@ def load_exactly(model: Any, state: dict[str, Tensor]) -> Any:
     return model.eval()
 
 
-def as_stock(model: Any) -> Any:
+def as_stock(model: Any, task: str | None = None) -> Any:
     """The stock model with a Loom model's weights."""
-    config, state = to_stock(model.config, kept_state(model))
+    config, state = to_stock(model.config, kept_state(model), task)
     return load_exactly(getattr(transformers, config.architectures[0])(config), state)
 
 

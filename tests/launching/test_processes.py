@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.launching import processes
-from pretrain.launching.processes import Bounds, Ending, Signals, free_port, is_free
+from pretrain.launching.processes import Bounds, Ending, Job, Signals, free_port, is_free
 from tests.launching.ranks import job, run
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -120,6 +120,36 @@ def test_one_that_does_not_end_after_a_stop_signal_is_killed(tmp_path: Path) -> 
     assert (ending.first, ending.code) == (1, 137)
     assert "SIGTERM was passed on" in ending.why
     assert time.monotonic() - started < 20
+
+
+def test_one_that_ends_well_just_before_it_would_be_killed_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process goes on for the dump of its stacks, or a save ends in the very last moment."""
+    plain = Job.kill
+
+    def kill_late(made: Job) -> None:
+        for process in made.running.values():
+            process.wait()
+        plain(made)
+
+    monkeypatch.setattr(Job, "kill", kill_late)
+    for number, (code, program, hangs) in enumerate(
+        [
+            (0, "all_here('a')", True),
+            (75, "got = []\nsignal.signal(15, lambda *_: got.append(1))\nall_here('a')\n"
+             "if rank == 1: os.kill(os.getppid(), 15)\nwhile not got: time.sleep(0.01)\ntime.sleep(0.5)\nsys.exit(75)",
+             False),
+        ]
+    ):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.setenv("PLACE", str(folder))
+        made = job(folder, program)
+        with Signals() as signals:
+            made.start()
+            ending = made.wait(signals, Bounds(save=0.0), hangs=lambda hangs=hangs: hangs)
+        assert (ending.codes, ending.code, ending.first, ending.why) == ({0: code, 1: code}, code, None, "")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:

@@ -7,11 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.models import LoomConfig, LoomPreTrainedModel, loom_config, model_class
+from pretrain.models import CAPABILITIES, LoomConfig, LoomPreTrainedModel, loom_config, model_class
 
-ARCHITECTURE_NAMES = ["bert", "modernbert", "gpt2", "llama"]
-ENCODERS = ["bert", "modernbert"]
-DECODERS = ["gpt2", "llama"]
+ENCODERS = ["bert", "roberta", "electra", "albert", "modernbert", "eurobert"]
+DECODERS = ["gpt2", "llama", "qwen3", "modernbert-decoder"]
+ARCHITECTURE_NAMES = ENCODERS + DECODERS
+SEQ2SEQ = ["transformer", "t5"]
+HERE = [name for name, can in CAPABILITIES.items() if can.devices is None]
+"""The attention backends that run, forward and backward, wherever the tests do."""
+_SIZES: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 12},
+    "eurobert": {"num_key_value_heads": 2},
+    "llama": {"num_key_value_heads": 2},
+    "modernbert": {"local_window": 8},
+    "modernbert-decoder": {"local_window": 8},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "t5": {"head_dim": 8},
+}
 
 
 def tiny_config(architecture: str, **keys: Any) -> LoomConfig:
@@ -22,11 +34,7 @@ def tiny_config(architecture: str, **keys: Any) -> LoomConfig:
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
     }
-    if architecture == "llama":
-        sizes["num_key_value_heads"] = 2
-    if architecture == "modernbert":
-        sizes["local_window"] = 8
-    return loom_config(architecture, **(sizes | keys))
+    return loom_config(architecture, **(sizes | _SIZES.get(architecture, {}) | keys))
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:

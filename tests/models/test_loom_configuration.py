@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from typing import Any
+
 import pytest
 import torch
 import transformers
-from loom_builders import ARCHITECTURE_NAMES, tiny_config, tiny_model
+from loom_builders import ARCHITECTURE_NAMES, SEQ2SEQ, randomize, tiny_config, tiny_model
 
 from pretrain.models import (
     ARCHITECTURES,
+    LoomConfig,
     LoomDecoderConfig,
     LoomEncoderConfig,
     config_keys,
@@ -17,35 +22,73 @@ from pretrain.models import (
     model_class,
     num_multiplied_parameters,
 )
+from pretrain.models.configuration_loom import CHOICES, CONFIG_CLASSES
+from pretrain.models.mixers import MIXERS
 
-PUBLISHED = {"bert": 109_514_298, "modernbert": 149_655_232, "gpt2": 124_439_808, "llama": 369_148_928}
+PUBLISHED = {
+    "bert": 109_514_298, "roberta": 124_697_433, "electra": 109_514_298, "albert": 11_221_680,
+    "modernbert": 149_655_232, "eurobert": 310_266_624, "gpt2": 124_439_808, "llama": 369_148_928,
+    "qwen3": 596_049_920, "modernbert-decoder": 149_655_232, "transformer": 63_082_496, "t5": 222_903_552,
+}  # fmt: skip
+_WIDE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+_PAIR = {"vocab_size": 37_000, "decoder_vocab_size": 37_000, "pad_token_id": 0, "decoder_start_token_id": 0}
+_SIDES = {
+    f"{side}_{key}": size
+    for side in ("encoder", "decoder")
+    for key, size in (("layers", 6), ("attention_heads", 8), ("ffn_dim", 2048))
+}
 STOCK = {
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig()),
+    "roberta": lambda: transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1)
+    ),
+    "electra": lambda: transformers.ElectraForMaskedLM(transformers.ElectraConfig(embedding_size=768, **_WIDE)),
+    "albert": lambda: transformers.AlbertForMaskedLM(transformers.AlbertConfig(**_WIDE)),
     "modernbert": lambda: transformers.ModernBertForMaskedLM(transformers.ModernBertConfig()),
+    "eurobert": lambda: transformers.EuroBertForMaskedLM(transformers.EuroBertConfig(tie_word_embeddings=False)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config()),
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=32_000, hidden_size=1024, intermediate_size=2752, num_hidden_layers=24, num_attention_heads=16
         )
     ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+        )
+    ),
+    "modernbert-decoder": lambda: transformers.ModernBertDecoderForCausalLM(transformers.ModernBertDecoderConfig()),
+    "transformer": lambda: transformers.MarianMTModel(transformers.MarianConfig(d_model=512, **_PAIR, **_SIDES)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12)
+    ),
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_default_sizes_are_those_of_the_published_base_model(architecture: str) -> None:
-    config = loom_config(architecture)
+    config = loom_config(architecture, **({"pad_token_id": 1} if architecture == "roberta" else {}))
     with torch.device("meta"):
         ours = model_class(config)(config)
         stock = STOCK[architecture]()
     assert ours.num_parameters() == PUBLISHED[architecture]
-    assert stock.num_parameters() == PUBLISHED[architecture]
+    assert stock.num_parameters(only_trainable=True) == PUBLISHED[architecture]  # tables of sines are not trained
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 def test_multiplied_parameters_are_the_matrices_of_the_model(architecture: str) -> None:
     model = tiny_model(architecture)
+    uses = model.config.num_hidden_layers // model.config.num_hidden_groups
     matrices = sum(
-        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
+        module.weight.numel() * (uses if ".layers." in name else 1)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
     )  # the tied head is a Linear and counts
     assert num_multiplied_parameters(model.config) == matrices
 
@@ -102,6 +145,41 @@ def test_the_mlp_width_follows_the_architecture(architecture: str, hidden: int, 
         ("gpt2", {"num_hidden_layers": 0}, "num_hidden_layers must be"),
         ("gpt2", {"hidden_size": "64"}, "hidden_size"),
         ("gpt2", {"vocab_size": 100, "eos_token_id": 100}, "eos_token_id 100 lies outside"),
+        ("gpt2", {"position_kind": "rotary", "partial_rotary_factor": 0.3}, "even number of channels"),
+        ("gpt2", {"position_kind": "rotary", "partial_rotary_factor": 1.5}, "must lie in"),
+        ("gpt2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor does nothing"),
+        ("gpt2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling does nothing"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "linear, ntk, yarn"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "takes .*original_max_position_embeddings"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "below 1"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "takes factor, got"),
+        ("llama", {"head_dim": 2, "rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "at least 4 channels"),
+        ("llama", {"position_offset": 2}, "position_offset does nothing"),
+        ("gpt2", {"position_offset": -1}, "position_offset must be"),
+        ("gpt2", {"sinusoidal_layout": "halves"}, "sinusoidal_layout does nothing"),
+        ("transformer", {"embedding_size": 15, "tie_word_embeddings": False}, "even embedding_size"),
+        ("t5", {"relative_attention_num_buckets": 30}, "multiple of 4"),
+        ("t5", {"relative_attention_max_distance": 16}, "more than half"),
+        ("gpt2", {"position_kind": "rope"}, "position_kind 'rope' is unknown"),
+        ("gpt2", {"attention_softcap": 0.0}, "attention_softcap must be a number above 0"),
+        ("gpt2", {"attention_pattern": ["globl"], "local_window": 4}, "list of global and local"),
+        ("gpt2", {"attention_pattern": [], "local_window": 4}, "list of global and local"),
+        ("gpt2", {"attention_pattern": ["local"]}, "needs local_window"),
+        ("gpt2", {"attention_pattern": ["local"], "global_attention_every": 2}, "leave one out"),
+        ("gpt2", {"attention_pattern": ["global"], "local_window": 8}, "do nothing with attention_pattern"),
+        ("bert", {"block_kind": "parallel"}, "needs norm_placement pre"),
+        ("gpt2", {"block_kind": "parallel_shared_norm", "first_norm": False}, "its MLP reads that norm too"),
+        ("gpt2", {"num_hidden_groups": 5}, "not a multiple of num_hidden_groups"),
+        ("gpt2", {"num_hidden_groups": 1, "first_norm": False}, "the first layer shares its norms"),
+        ("gpt2", {"embedding_size": 64}, "needs head_transform true"),
+        ("transformer", {"num_hidden_groups": 1}, "an encoder or a decoder alone"),
+        ("transformer", {"norm_placement": "pre", "block_kind": "parallel"}, "no place for attention to an encoder"),
+        ("transformer", {"norm_placement": "pre", "first_norm": False}, "an encoder or a decoder alone"),
+        ("transformer", {"type_vocab_size": 2}, "an encoder or a decoder alone"),
+        ("transformer", {"label_smoothing": 1.0}, "label_smoothing must lie in"),
+        ("transformer", {"num_decoder_layers": 0}, "num_decoder_layers must be"),
+        ("gpt2", {"num_decoder_layers": 2}, "unknown model key 'num_decoder_layers'"),
+        ("gpt2", {"mixer": "atention"}, "mixer 'atention' is unknown"),
     ],
 )
 def test_impossible_configs_are_refused_with_the_key(architecture: str, keys, message: str) -> None:
@@ -133,55 +211,113 @@ def test_a_role_that_a_tokenizer_lacks_is_none_and_not_the_design_s_id() -> None
     assert (loom_config("gpt2").eos_token_id, loom_config("gpt2").pad_token_id) == (0, 1)
 
 
+ROTARY = {"position_kind": "rotary", "local_rope_theta": None}
+GLOBAL = {"global_attention_every": 1, "local_window": None}
+WINDOWS = {"global_attention_every": 2, "local_window": 8}
+RELATIVE = {"position_kind": "relative"}
+PRE = {"norm_placement": "pre", "first_norm": True, "block_kind": "sequential"}
+# key -> (keys among which it acts, another value for it; None: the other of its two)
+SWITCHES: dict[str, tuple[dict[str, Any], Any]] = {
+    "attention_bias": ({}, None),
+    "attention_dropout": ({}, 0.5),
+    "attention_pattern": (GLOBAL | {"attention_pattern": ["local", "global"], "local_window": 4}, ["global", "local"]),
+    "attention_scale": ({}, 0.9),
+    "attention_softcap": ({}, 0.01),
+    "block_kind": (PRE, "parallel"),
+    "decoder_start_token_id": ({}, 7),
+    "embedding_dropout": ({}, 0.5),
+    "embedding_norm": ({}, None),
+    "embedding_scale": ({"embedding_scale": 1.0}, 3.0),
+    "embedding_size": ({"head_transform": True, "embedding_size": 24}, 12),
+    "first_norm": (PRE | {"num_hidden_groups": 4}, False),
+    "global_attention_every": (WINDOWS, 3),
+    "head_bias": ({}, None),
+    "head_dense_bias": ({"head_transform": True}, None),
+    "head_dim": ({}, 4),
+    "head_transform": ({"embedding_size": 24}, None),
+    "hidden_act": ({"hidden_act": "gelu"}, "relu"),
+    "hidden_dropout": ({}, 0.5),
+    "hidden_size": ({"embedding_size": 24, "head_transform": True}, 32),
+    "initializer": ({"initializer": "normal"}, "scaled_normal"),
+    "initializer_range": ({"initializer": "normal"}, 0.7),
+    "intermediate_size": ({}, 20),
+    "label_smoothing": ({}, 0.3),
+    "local_rope_theta": (ROTARY | WINDOWS, 7.0),
+    "local_window": (WINDOWS, 4),
+    "logit_softcap": ({}, 0.1),
+    "max_position_embeddings": ({"position_kind": "learned"}, 40),
+    "mlp_bias": ({}, None),
+    "mlp_kind": ({"mlp_kind": "plain"}, "gated"),
+    "norm_bias": ({"norm_kind": "layer_norm"}, None),
+    "norm_eps": ({}, 0.5),
+    "norm_kind": ({"norm_kind": "layer_norm", "norm_bias": False}, "rms_norm"),
+    "norm_placement": (PRE, "post"),
+    "num_attention_heads": ({"num_key_value_heads": 2, "head_dim": 6}, 2),
+    "num_decoder_layers": ({}, 2),
+    "num_hidden_groups": (PRE | {"num_hidden_groups": 4}, 2),
+    "num_hidden_layers": ({"num_decoder_layers": 4}, 3),
+    "num_key_value_heads": ({}, 1),
+    "output_scale": ({"output_scale": 1.0}, 0.5),
+    "partial_rotary_factor": (ROTARY | {"head_dim": 8}, 0.5),
+    "position_kind": (GLOBAL | {"position_kind": "none", "rope_theta": None}, "learned"),
+    "position_offset": ({"position_kind": "learned", "position_offset": 0}, 3),
+    "qk_norm": ({"qk_norm": "none"}, "per_head"),
+    "relative_attention_max_distance": (RELATIVE, 20),
+    "relative_attention_num_buckets": (RELATIVE, 8),
+    "residual_scale": ({}, 0.5),
+    "rope_scaling": (ROTARY | {"head_dim": 8}, {"rope_type": "linear", "factor": 4.0}),
+    "rope_theta": (ROTARY, 77.0),
+    "sinusoidal_layout": ({"position_kind": "sinusoidal", "sinusoidal_layout": "halves"}, "interleaved"),
+    "tie_word_embeddings": ({}, None),
+    "type_vocab_size": ({"type_vocab_size": 2}, 3),
+    "vocab_size": ({}, 67),
+}
+TOLD_ELSEWHERE = {
+    "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id",  # read by tokenizers and `generate`
+    "classifier_dropout", "classifier_head", "classifier_pooling",  # the classifiers' own tests
+    "generator_size", "generator", "rtd_weight", "rtd_sharing",  # the detection's own tests
+    "use_cache",  # the cache's own tests
+    "mixer",  # has one value
+}  # fmt: skip
+NOT_IN_SEQ2SEQ = {"block_kind", "first_norm", "num_hidden_groups", "type_vocab_size"}  # refused there
+
+
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_every_switch_changes_the_model(architecture: str) -> None:
-    """A key that does nothing has no place: each one moves outputs, parameters or initial values, or is named here."""
-    told_elsewhere = {
-        "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id",  # read elsewhere
-        "classifier_dropout", "classifier_head", "classifier_pooling",  # the classifier's own tests
-        "use_cache",  # the cache's own tests
-        "max_position_embeddings" if ARCHITECTURES[architecture].conventions["position_kind"] == "rotary" else "",
-        "num_key_value_heads", "head_dim", "num_hidden_layers", "num_attention_heads", "vocab_size", "hidden_size",
-        "intermediate_size", "first_norm", "global_attention_every", "local_window", "local_rope_theta",
-    }  # fmt: skip
-    other = {
-        "type_vocab_size": 3, "position_kind": "none", "rope_theta": 77.0, "attention_bias": None,
-        "attention_scale": 0.9, "mlp_kind": None, "mlp_bias": None, "hidden_act": "relu", "norm_kind": None,
-        "norm_bias": None, "norm_eps": 0.5, "norm_placement": None, "embedding_norm": None,
-        "tie_word_embeddings": None, "hidden_dropout": 0.5, "attention_dropout": 0.5, "embedding_dropout": 0.5,
-        "initializer": None, "initializer_range": 0.7, "head_dense_bias": None, "max_position_embeddings": 40,
-    }  # fmt: skip
-    flipped = {
-        "mlp_kind": ("plain", "gated"),
-        "norm_kind": ("layer_norm", "rms_norm"),
-        "norm_placement": ("pre", "post"),
-        "initializer": ("normal", "scaled_normal"),
-    }
-    base = tiny_config(architecture)
-    reference = _fingerprint(base)
-    for key in config_keys(architecture):
-        if key in told_elsewhere or (key == "rope_theta" and base.position_kind != "rotary"):
-            continue
-        now = getattr(base, key)
-        value = other[key]
-        if value is None:
-            value = (not now) if isinstance(now, bool) else next(word for word in flipped[key] if word != now)
-        keys = {key: value}
-        if key == "norm_kind" and value == "rms_norm":
-            keys["norm_bias"] = False
-        if key == "norm_bias" and base.norm_kind == "rms_norm":
-            continue
-        if key == "norm_placement" and value == "post":
-            keys["first_norm"] = True
-        if key == "position_kind" and base.local_window:
-            keys |= {"global_attention_every": 1, "local_window": None}
-        assert _fingerprint(tiny_config(architecture, **keys)) != reference, key
+    """A key that does nothing has no place: each one moves outputs, losses, parameters or initial values."""
+    told = TOLD_ELSEWHERE | (NOT_IN_SEQ2SEQ if architecture in SEQ2SEQ else set())
+    keys = set(config_keys(architecture))
+    assert keys - told <= set(SWITCHES)
+    for key in sorted(keys - told):
+        among, value = SWITCHES[key]
+        among = {name: given for name, given in among.items() if name in keys}
+        base = tiny_config(architecture, **among)
+        value = (not getattr(base, key)) if value is None else value
+        changed = tiny_config(architecture, **among | {key: value})
+        assert any(_fingerprint(changed, initial) != _fingerprint(base, initial) for initial in (False, True)), key
 
 
-def _fingerprint(config) -> tuple[float, ...]:
+def test_each_switch_named_here_is_one() -> None:
+    known = {key for architecture in ARCHITECTURES for key in config_keys(architecture)}
+    assert set(SWITCHES) | TOLD_ELSEWHERE <= known
+    assert set(CHOICES["mixer"]) == set(MIXERS) == {"attention"}
+
+
+def _fingerprint(config: LoomConfig, initial: bool) -> tuple[float, ...]:
+    """Parameters, output and loss of a model with its initial values, or with drawn ones."""
+    return _of(json.dumps(config.to_dict(), sort_keys=True), config.kind, initial)
+
+
+@functools.lru_cache(maxsize=256)
+def _of(written: str, kind: str, initial: bool) -> tuple[float, ...]:
+    config = CONFIG_CLASSES[kind].from_dict(json.loads(written))
     torch.manual_seed(0)
     model = model_class(config)(config).train()
+    if not initial:
+        randomize(model)
     torch.manual_seed(1)
-    output = model(input_ids=torch.arange(5, 35)[None]).logits
-    sizes = sum(p.numel() for p in model.parameters())
-    return (float(output.detach().double().abs().sum()), float(sizes))
+    ids = torch.arange(5, 35)[None]
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=ids.flip(1), return_logits=True)
+    size = sum(p.numel() for p in model.parameters())
+    return (float(size), float(output.logits.double().abs().sum()), float(output.loss))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from loom_builders import tiny_model, tokens
 
+from pretrain.interop import NoStockHome, stock_config
 from pretrain.models import register_hub_code
 
 SCRIPT = """
@@ -17,39 +18,54 @@ import sys
 for blocked in ("pretrain",):
     sys.modules[blocked] = None  # an import of it fails
 import torch, transformers
-directory, auto = sys.argv[1:]
-ids, expected = torch.load(directory + "/expected.pt")
-model = getattr(transformers, auto).from_pretrained(directory + "/model", trust_remote_code=True).eval()
-with torch.no_grad():
-    assert torch.equal(model(input_ids=ids).logits, expected)
-base = transformers.AutoModel.from_pretrained(directory + "/model", trust_remote_code=True).eval()
-with torch.no_grad():
-    assert torch.equal(base(input_ids=ids).last_hidden_state, model.model(input_ids=ids).last_hidden_state)
-if auto == "AutoModelForCausalLM":
-    assert model.generate(ids, max_new_tokens=3, pad_token_id=1).shape[1] > ids.shape[1]
-transformers.AutoModelForSequenceClassification.from_pretrained(directory + "/model", trust_remote_code=True)
-print(type(model).__module__)
+for case in sys.argv[2:]:
+    auto, directory = case.split(":")
+    directory = sys.argv[1] + "/" + directory
+    given, expected = torch.load(directory + "/expected.pt")
+    model = getattr(transformers, auto).from_pretrained(directory, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, expected)
+    base = transformers.AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(base(**given).last_hidden_state, model.model(**given).last_hidden_state)
+    if auto == "AutoModelForCausalLM":
+        assert model.generate(**given, max_new_tokens=3, pad_token_id=1).shape[1] > given["input_ids"].shape[1]
+    if auto == "AutoModelForSeq2SeqLM":
+        assert model.generate(given["input_ids"], max_new_tokens=3).shape[1] > 1
+    else:
+        classifier = transformers.AutoModelForSequenceClassification
+        classifier.from_pretrained(directory, trust_remote_code=True)
+        transformers.AutoModelForTokenClassification.from_pretrained(directory, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+print("all")
 """
 
+# Shapes without a stock home.
+CASES = [
+    ("AutoModelForMaskedLM", "modernbert", {"position_kind": "learned", "first_norm": True}),
+    ("AutoModelForCausalLM", "gpt2", {"position_kind": "alibi", "qk_norm": "per_head", "block_kind": "parallel"}),
+    ("AutoModelForSeq2SeqLM", "transformer", {"norm_placement": "pre", "position_kind": "relative"}),
+]
 
-@pytest.mark.parametrize(
-    ("architecture", "auto"), [("modernbert", "AutoModelForMaskedLM"), ("llama", "AutoModelForCausalLM")]
-)
-def test_a_model_saved_with_its_code_needs_no_package(architecture: str, auto: str, tmp_path) -> None:
-    # A shape without a stock home: learned positions in a gated, otherwise rotary design.
-    keys = {"position_kind": "learned"}
-    if architecture == "modernbert":
-        keys |= {"first_norm": True}
-    model = tiny_model(architecture, **keys)
-    register_hub_code(model)
-    model.save_pretrained(tmp_path / "model")
-    ids = tokens(1, 12)
-    with torch.no_grad():
-        torch.save((ids, model(input_ids=ids).logits), tmp_path / "expected.pt")
+
+def test_models_saved_with_their_code_need_no_package(tmp_path) -> None:
+    for auto, architecture, keys in CASES:
+        model = tiny_model(architecture, **keys)
+        with pytest.raises(NoStockHome):
+            stock_config(model.config)
+        register_hub_code(model)
+        directory = tmp_path / architecture
+        model.save_pretrained(directory)
+        given = {"input_ids": tokens(1, 12)}
+        if auto == "AutoModelForSeq2SeqLM":
+            given["decoder_input_ids"] = tokens(1, 7, seed=1)
+        with torch.no_grad():
+            torch.save((given, model(**given).logits), directory / "expected.pt")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
+    cases = [f"{auto}:{architecture}" for auto, architecture, _ in CASES]
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(tmp_path), auto],
+        [sys.executable, "-P", "-c", SCRIPT, str(tmp_path), *cases],
         check=False,
         capture_output=True,
         text=True,
@@ -58,4 +74,4 @@ def test_a_model_saved_with_its_code_needs_no_package(architecture: str, auto: s
         env=environment,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("transformers_modules.")
+    assert done.stdout == "all\n"

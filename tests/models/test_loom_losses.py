@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from pretrain.models import linear_cross_entropy
-from pretrain.models.losses import mean_over_targets, shift_targets
+from pretrain.models.losses import mean_over_targets, shift_targets, token_cross_entropy_sum
 
 
 def case(dtype=torch.float64, rows: int = 37, vocabulary: int = 53):
@@ -37,6 +37,54 @@ def test_value_and_gradients_equal_the_plain_way(chunk_rows: int, with_bias: boo
         torch.autograd.grad(fused * 0.3, parts), torch.autograd.grad(naive * 0.3, parts), strict=True
     ):
         assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def by_definition(hidden, weight, bias, targets, softcap, smoothing):
+    """Row by row: (1 - e) times the target's loss plus e times the mean over the vocabulary, of capped logits."""
+    total = hidden.new_zeros(())
+    for row, target in zip(hidden, targets.tolist(), strict=True):
+        if target == -100:
+            continue
+        logits = weight @ row + bias
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        losses = torch.log(torch.exp(logits).sum()) - logits  # of each token, were it the target
+        total = total + (1 - smoothing) * losses[target] + smoothing * losses.mean()
+    return total
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 1000])
+@pytest.mark.parametrize("softcap", [None, 1.3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_caps_and_smoothing_are_their_definitions(chunk_rows: int, softcap: float | None, smoothing: float) -> None:
+    hidden, weight, bias, targets = case()
+    keys = {"softcap": softcap, "label_smoothing": smoothing}
+    fused = linear_cross_entropy(hidden, weight, targets, bias=bias, chunk_rows=chunk_rows, **keys)
+    slow = by_definition(hidden, weight, bias, targets, softcap, smoothing)
+    assert fused.item() == pytest.approx(slow.item(), rel=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(fused, [hidden, weight, bias]),
+        torch.autograd.grad(slow, [hidden, weight, bias]),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    if softcap is None:
+        logits = functional.linear(hidden, weight, bias)
+        assert token_cross_entropy_sum(logits, targets, label_smoothing=smoothing).item() == pytest.approx(slow.item())
+
+
+def test_capped_rows_in_bfloat16_stay_near_float32() -> None:
+    hidden, weight, bias, targets = case(torch.float32, rows=300)
+    slow = by_definition(hidden, weight, bias, targets, 2.0, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = linear_cross_entropy(hidden, weight, targets, bias=bias, softcap=2.0, label_smoothing=0.1)
+    assert fused.item() == pytest.approx(slow.item(), rel=5e-3)
+    for ours, theirs in zip(
+        torch.autograd.grad(fused, [hidden, weight, bias]),
+        torch.autograd.grad(slow, [hidden, weight, bias]),
+        strict=True,
+    ):
+        assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
 
 
 def test_gradients_pass_the_numerical_check() -> None:

@@ -5,11 +5,29 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
-from loom_builders import ARCHITECTURE_NAMES, DECODERS, ENCODERS, documents, relative, tiny_config, tiny_model, tokens
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, StaticCache
+from loom_builders import (
+    ARCHITECTURE_NAMES,
+    DECODERS,
+    ENCODERS,
+    HERE,
+    documents,
+    relative,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from pretrain.models import LoomDecoderForCausalLM, model_class, model_from_config
 
@@ -30,9 +48,10 @@ def gradients(model, inputs, **keys):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("keys", [{}, {"logit_softcap": 2.0, "output_scale": 0.5}], ids=["plain", "capped"])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_the_loss_without_logits_equals_the_loss_with_them(architecture: str) -> None:
-    model = tiny_model(architecture).double().train()
+def test_the_loss_without_logits_equals_the_loss_with_them(architecture: str, keys: dict[str, float]) -> None:
+    model = tiny_model(architecture, **keys).double().train()
     inputs = batch(architecture)
     assert model(**inputs).logits is None
     assert model(**inputs, return_logits=True).logits.shape == (3, 20, 61)
@@ -107,17 +126,31 @@ def test_gradient_checkpointing_gives_equal_gradients(architecture: str) -> None
     _, plain = gradients(model, inputs)
     model.activation_checkpointing_enable()
     calls = []
-    model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[-1].self_attn.register_forward_hook(lambda *_: calls.append(1))
     _, recomputed = gradients(model, inputs)
-    assert len(calls) == 2
+    uses = len(model.model.attention_kinds) // len(model.model.layers)  # of each set of weights
+    assert len(calls) == 2 * uses
     for name in plain:
         assert torch.equal(plain[name], recomputed[name]), name
 
 
-@pytest.mark.parametrize("architecture", DECODERS)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_cache_changes_nothing(architecture: str, attention: str) -> None:
-    model = tiny_model(architecture, attention=attention)
+WINDOWS = {"global_attention_every": 2, "local_window": 6}
+CACHED = {name: (name, {}) for name in DECODERS} | {
+    "sinusoidal": ("gpt2", {"position_kind": "sinusoidal"}),
+    "alibi": ("gpt2", WINDOWS | {"position_kind": "alibi"}),
+    "relative": ("gpt2", WINDOWS | {"position_kind": "relative", "attention_softcap": 3.0}),
+    "none": ("gpt2", {"position_kind": "none"}),
+    "linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "shared weights": ("gpt2", {"num_hidden_groups": 1}),
+    "parallel": ("gpt2", {"block_kind": "parallel", "qk_norm": "full_width", "num_key_value_heads": 1}),
+}
+every_cached = pytest.mark.parametrize(("architecture", "keys"), CACHED.values(), ids=CACHED)
+
+
+@every_cached
+@pytest.mark.parametrize("attention", HERE)
+def test_a_cache_changes_nothing(architecture: str, keys: dict[str, Any], attention: str) -> None:
+    model = tiny_model(architecture, attention=attention, **keys)
     ids = tokens(2, 24)
     with torch.no_grad():
         whole = model(input_ids=ids).logits
@@ -130,31 +163,31 @@ def test_a_cache_changes_nothing(architecture: str, attention: str) -> None:
     assert relative(torch.cat(steps, dim=1), whole) < 2e-5
 
 
-@pytest.mark.parametrize("architecture", DECODERS)
-def test_generation_with_left_padding_equals_generation_alone(architecture: str) -> None:
-    model = tiny_model(architecture)
+@every_cached
+def test_generation_with_left_padding_equals_generation_alone(architecture: str, keys: dict[str, Any]) -> None:
+    model = tiny_model(architecture, **keys)
     ids = tokens(1, 9)
     padded = torch.cat((torch.full((1, 4), 1), ids), dim=1)
     other = tokens(1, 13, seed=3)
     mask = torch.tensor([[0] * 4 + [1] * 9, [1] * 13])
-    keys = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-    alone = model.generate(ids, **keys)[0, 9:]
-    together = model.generate(torch.cat((padded, other)), attention_mask=mask, **keys)
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    alone = model.generate(ids, **how)[0, 9:]
+    together = model.generate(torch.cat((padded, other)), attention_mask=mask, **how)
     assert together[0, 13:].tolist() == alone.tolist()
-    assert together[1, 13:].tolist() == model.generate(other, **keys)[0, 13:].tolist()
-    without_cache = model.generate(ids, use_cache=False, **keys)[0, 9:]
+    assert together[1, 13:].tolist() == model.generate(other, **how)[0, 13:].tolist()
+    without_cache = model.generate(ids, use_cache=False, **how)[0, 9:]
     assert without_cache.tolist() == alone.tolist()
-    beams = model.generate(ids, num_beams=3, **keys)
+    beams = model.generate(ids, num_beams=3, **how)
     assert beams.shape == (1, 15)
 
 
-@pytest.mark.parametrize("architecture", DECODERS)
-def test_a_cache_of_fixed_size_generates_the_same(architecture: str) -> None:
-    model = tiny_model(architecture)
+@every_cached
+def test_a_cache_of_fixed_size_generates_the_same(architecture: str, keys: dict[str, Any]) -> None:
+    model = tiny_model(architecture, **keys)
     ids = tokens(2, 9)
-    keys = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     cache = StaticCache(config=model.config, max_cache_len=16)
-    assert model.generate(ids, past_key_values=cache, **keys).tolist() == model.generate(ids, **keys).tolist()
+    assert model.generate(ids, past_key_values=cache, **how).tolist() == model.generate(ids, **how).tolist()
 
 
 def test_training_builds_no_cache() -> None:
@@ -175,26 +208,29 @@ def test_documents_with_a_filled_cache_are_refused() -> None:
         model(input_ids=tokens(1, 5), past_key_values=first.past_key_values, document_ids=documents([5]))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
-def test_saving_and_loading_in_another_process_keeps_every_bit(architecture: str, tmp_path) -> None:
-    model = tiny_model(architecture)
+def test_saving_and_loading_in_another_process_keeps_every_bit(tmp_path) -> None:
     ids = tokens(2, 30)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-    model.save_pretrained(tmp_path / "model")
-    torch.save((ids, logits), tmp_path / "expected.pt")
-    auto = "AutoModelForMaskedLM" if architecture in ENCODERS else "AutoModelForCausalLM"
-    script = f"""
+    for architecture in ARCHITECTURE_NAMES:
+        model = tiny_model(architecture)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        model.save_pretrained(tmp_path / architecture / "model")
+        torch.save((ids, logits), tmp_path / architecture / "expected.pt")
+    script = """
 import sys, torch, transformers
 import pretrain.models
-model = transformers.{auto}.from_pretrained(sys.argv[1] + "/model").eval()
-ids, expected = torch.load(sys.argv[1] + "/expected.pt")
-assert not list(model.buffers())
-assert model.config.tie_word_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
-with torch.no_grad():
-    assert torch.equal(model(input_ids=ids).logits, expected)
+for path in sys.argv[1:]:
+    config = transformers.AutoConfig.from_pretrained(path + "/model")
+    auto = transformers.AutoModelForMaskedLM if config.kind == "encoder" else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(path + "/model").eval()
+    ids, expected = torch.load(path + "/expected.pt")
+    assert not list(model.buffers())
+    assert model.config.tie_word_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected), path
 """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+    paths = [str(tmp_path / architecture) for architecture in ARCHITECTURE_NAMES]
+    subprocess.run([sys.executable, "-c", script, *paths], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
@@ -241,17 +277,49 @@ def test_initial_widths_follow_the_architecture() -> None:
     for architecture in ARCHITECTURE_NAMES:
         config = tiny_config(architecture, **sizes)
         model = model_from_config(config)
-        layer = model.model.layers[3]
-        divided = 0.02 / math.sqrt(16) if architecture in ("gpt2", "modernbert") else 0.02
+        layer = model.model.layers[-1]
+        divided = 0.02 / math.sqrt(16) if architecture in ("gpt2", "modernbert", "modernbert-decoder") else 0.02
         # A normal cut at two deviations has 0.88 of its width.
-        cut = 0.88 if architecture == "modernbert" else 1.0
+        cut = 0.88 if architecture.startswith("modernbert") else 1.0
         assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.02 * cut, rel=0.05)
         assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(divided * cut, rel=0.05)
         assert layer.mlp.down_proj.weight.std().item() == pytest.approx(divided * cut, rel=0.05)
         assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02 * cut, rel=0.05)
-        if architecture == "modernbert":
+        if architecture.startswith("modernbert"):
             assert model.head.dense.weight.std().item() == pytest.approx(divided * cut, rel=0.05)
         assert all(p.abs().sum() == 0 for name, p in model.named_parameters() if name.endswith(".bias"))
+
+
+def test_initial_widths_of_t5_are_those_of_its_own_class() -> None:
+    sizes = {"vocab_size": 400, "num_attention_heads": 8, "head_dim": 24, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    ours = model_from_config(tiny_config("t5", hidden_size=128, **sizes)).state_dict()
+    stock = T5ForConditionalGeneration(
+        T5Config(vocab_size=400, d_model=128, num_layers=2, num_heads=8, d_kv=24, d_ff=512, feed_forward_proj="relu")
+    ).state_dict()
+    pairs = {
+        "encoder.embed_tokens": "shared",
+        "decoder.layers.1.self_attn.q_proj": "decoder.block.1.layer.0.SelfAttention.q",
+        "encoder.layers.1.self_attn.k_proj": "encoder.block.1.layer.0.SelfAttention.k",
+        "decoder.layers.1.cross_attn.v_proj": "decoder.block.1.layer.1.EncDecAttention.v",
+        "decoder.layers.1.cross_attn.o_proj": "decoder.block.1.layer.1.EncDecAttention.o",
+        "encoder.layers.0.mlp.up_proj": "encoder.block.0.layer.1.DenseReluDense.wi",
+        "decoder.layers.0.mlp.down_proj": "decoder.block.0.layer.2.DenseReluDense.wo",
+        "encoder.mixer_inputs.relative_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    }
+    for mine, theirs in pairs.items():
+        width = stock[f"{theirs}.weight"].std().item()
+        assert ours[f"model.{mine}.weight"].std().item() == pytest.approx(width, rel=0.2), mine
+
+
+def test_initial_widths_of_2017() -> None:
+    torch.manual_seed(0)
+    ours = model_from_config(tiny_config("transformer", hidden_size=128, vocab_size=400)).state_dict()
+    assert ours["model.encoder.embed_tokens.weight"].std().item() == pytest.approx(128**-0.5, rel=0.05)
+    for name, fans in (("self_attn.q_proj", 128 + 128), ("mlp.up_proj", 128 + 512), ("mlp.down_proj", 512 + 128)):
+        weight = ours[f"model.decoder.layers.0.{name}.weight"]
+        assert weight.abs().max().item() == pytest.approx((6 / fans) ** 0.5, rel=0.01)
+        assert weight.std().item() == pytest.approx((2 / fans) ** 0.5, rel=0.05)
 
 
 def test_loading_keeps_weights_when_one_is_missing(tmp_path) -> None:
@@ -281,13 +349,10 @@ def test_dropout_acts_in_training_alone() -> None:
         assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("position_kind", ["none", "learned", "rotary"])
+@pytest.mark.parametrize("position_kind", ["none", "learned", "sinusoidal", "rotary", "alibi", "relative"])
 @pytest.mark.parametrize("architecture", ARCHITECTURE_NAMES)
 def test_every_position_kind_runs_with_every_design(architecture: str, position_kind: str) -> None:
-    keys = {"position_kind": position_kind}
-    if architecture == "modernbert" and position_kind != "rotary":
-        keys["local_rope_theta"] = None
-    model = tiny_model(architecture, **keys)
+    model = tiny_model(architecture, position_kind=position_kind)
     loss, _ = gradients(model.train(), batch(architecture))
     assert math.isfinite(loss)
 

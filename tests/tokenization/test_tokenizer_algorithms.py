@@ -119,7 +119,7 @@ def test_offsets_of_encoders_leave_out_the_space() -> None:
 
 def test_unknown_architecture_and_double_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="use one of bert"):
-        special_tokens_for("t5")
+        special_tokens_for("mamba")
     for tokens in (("[MASK]",), ("<a>", "<a>"), ("",)):
         with pytest.raises(ValueError, match=r"tokenizer\.special_tokens"):
             special_tokens_of(TokenizerConfig(special_tokens=tokens), "bert")

@@ -482,6 +482,26 @@ def test_making_room_keeps_the_newest_and_the_best_and_nothing_without_a_whole_o
     assert checkpoint.list_checkpoints(tmp_path) == [paths[1], paths[3]]
 
 
+def test_making_room_relies_on_the_latest_and_spares_the_best_of_the_run(tmp_path: Path) -> None:
+    """What lies beyond the latest was passed over as damaged; a pointer to the best one may not have been moved."""
+    model, optimizer = make()
+    paths = [save(tmp_path, step, model, optimizer) for step in (1, 2, 3, 4, 9)]
+    checkpoint.point(tmp_path, "latest", 4)
+    checkpoint.point(tmp_path, "best", 1)
+    (paths[4] / "model" / "model.safetensors").write_bytes(b"rot")
+    assert checkpoint.make_room(tmp_path, run_id="run-a", best=2) == [paths[2]]
+    assert checkpoint.list_checkpoints(tmp_path) == [paths[0], paths[1], paths[3], paths[4]]
+
+
+def test_a_pointer_to_another_folder_is_none(tmp_path: Path) -> None:
+    model, optimizer = make()
+    save(tmp_path / "other", 1, model, optimizer)
+    save(tmp_path / "here", 1, model, optimizer)
+    pointer = {"checkpoint": "../../other/checkpoints/step-00000001", "step": 1, "run_id": "run-a"}
+    (tmp_path / "here" / "checkpoints" / "latest.json").write_bytes(checkpoint.pointer_bytes(pointer))
+    assert checkpoint.read_pointer(tmp_path / "here", "latest") is None
+
+
 def test_pointers(tmp_path: Path) -> None:
     assert checkpoint.read_pointer(tmp_path, "latest") is None
     with pytest.raises(ArtifactError):

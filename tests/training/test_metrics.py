@@ -51,6 +51,17 @@ def test_resuming_cuts_off_what_came_after(tmp_path: Path) -> None:
     assert math.isnan(lines[-1]["loss"])
 
 
+def test_an_evaluation_that_a_kill_left_unsaved_goes_and_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1, "loss": 3.0}', '{"step": 1, "validation/loss": 3.1}', '{"step": 2, "loss": 2.0}']
+    path.write_text("\n".join([*lines, '{"step": 2, "validation/loss": 2.1}']) + "\n")
+    JsonLines(path, first_step=2, scored=True).close()
+    assert len(path.read_text().splitlines()) == 4
+    JsonLines(path, first_step=2, scored=False).close()
+    assert path.read_text().splitlines() == lines
+
+
+
 def test_wandb_offline_keeps_the_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     required("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)

@@ -111,6 +111,13 @@ def test_changes_that_could_cancel_are_found() -> None:
     assert int(whole(weight.t())) == int(whole(weight.t().contiguous()))
 
 
+def test_the_highest_bit_alone_is_told() -> None:
+    """What the ranks tell each other first is as wide as the hashes: the sign of one float64 changes nothing below."""
+    exact = {"a": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    other = {"a": torch.tensor([1.0, -2.0], dtype=torch.float64)}
+    assert "`a` is the first tensor that differs" in Other([exact, other]).check()
+
+
 def test_the_minority_is_named_with_the_first_tensor() -> None:
     odd = changed("a.weight/exp_avg", lambda tensor: flip(tensor, 5, 0))
     told = Other([tensors(), tensors(), odd]).check(8)

@@ -18,19 +18,24 @@ import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import test_checkpoint as toy
 import torch
 from rich.console import Console
+from test_trainer import config as toy_config
 
 from pretrain.config import RunConfig
 from pretrain.files import ArtifactError, HashingWriter
+from pretrain.ranks import LostRankError, Ranks
 from pretrain.train import build_trainer
 from pretrain.training import checkpoint, saving
+from pretrain.training.checkpoint_files import Content
 from pretrain.training.metrics import JsonLines
-from pretrain.training.saving import NotSavedError
+from pretrain.training.places import Shared
+from pretrain.training.saving import NotSavedError, Saver, _Save
 from tests.gpu.synthetic import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,6 +269,75 @@ def test_lines_that_a_full_disk_refused_are_written_later(tmp_path: Path) -> Non
     assert lines == list(range(1, 401))
     os.close(full)
     os.close(kept)
+
+
+# --- what is not a disk's failure, and what a disk's failure leaves ---------------------------------------------------
+
+
+def toy_content(step: int) -> Content:
+    model, optimizer = toy.make()
+    toy.train(model, optimizer, 1)
+    state = checkpoint.optimizer_state_by_name(model, optimizer)
+    return Content(step, "run-a", toy.writer(model), state, {"config": {"name": "toy"}}, [checkpoint.capture_rng()])
+
+
+def saver_of(tmp_path: Path, **parts: Any) -> tuple[Saver, io.StringIO]:
+    said = io.StringIO()
+    job: Any = SimpleNamespace(ranks=parts.pop("ranks", Ranks.alone()))
+    config = toy_config(tmp_path / "run", **parts)
+    nothing: Any = None
+    saver = Saver(config, tmp_path / "train", nothing, nothing, nothing, job, Console(file=said, width=10_000))
+    saver.checkpoint_bytes = lambda: 1000  # type: ignore[method-assign]
+    return saver, said
+
+
+def test_a_rank_that_is_lost_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LostRankError` is an OSError; the first process must not make room for a save that nobody can end."""
+    saver, said = saver_of(tmp_path)
+    for step in (1, 2, 3):
+        assert saver._try(_Save(toy_content(step), None, last=False)) is not None
+    before = saver.place.steps()
+
+    def lost(*arguments: Any) -> str:
+        raise LostRankError("rank 0 lost the other processes of the job")
+
+    monkeypatch.setattr(Shared, "write", lost)
+    with pytest.raises(LostRankError):
+        saver._try(_Save(toy_content(4), None, last=True))
+    assert saver.place.steps() == before == [2, 3]
+    assert said.getvalue() == ""
+
+
+@pytest.mark.parametrize("kind", ["disk", "store"])
+def test_a_best_checkpoint_stays_though_its_pointer_could_not_be_moved(
+    tmp_path: Path, fill: Callable[[Callable[[Path], bool]], None], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    saver, said = saver_of(
+        tmp_path, checkpoint={"keep": 2, "to": f"file://{tmp_path}/store" if kind == "store" else None}
+    )
+    place: Any = saver.place
+    old, best = {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}
+    saver._try(_Save(toy_content(1), old, last=False))
+    fill(lambda path: "latest.json" in path.name)
+    with monkeypatch.context() as full:
+
+        def pipe_file(target: str, data: bytes) -> None:
+            raise FULL
+
+        if kind == "store":
+            full.setattr(place.store.filesystem, "pipe_file", pipe_file, raising=False)
+        assert saver._try(_Save(toy_content(2), best, last=False)) is not None
+    assert "could not move the pointers" in said.getvalue()
+    fill(lambda path: False)
+    for step in (3, 4, 5):
+        saver._try(_Save(toy_content(step), best, last=False))
+    assert place.steps() == [2, 4, 5]
+    if kind == "store":
+        assert place._pointer("best")["step"] == 2
+    else:
+        named = checkpoint.read_pointer(saver.directory, "best")
+        assert named is not None
+        assert named.name == "step-00000002"
 
 
 # --- going on from what is there ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ import test_checkpoint as toy
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from test_saving import small_run, train, weights
+from test_saving import saver_of, small_run, train, weights
 from transformers import AutoModelForCausalLM
 
 from pretrain.config import RunConfig, dump_config
@@ -28,8 +29,9 @@ from pretrain.ranks import Ranks
 from pretrain.train import build_trainer
 from pretrain.training import checkpoint, places, saving
 from pretrain.training.checkpoint_files import together
-from pretrain.training.saving import NotSavedError
+from pretrain.training.saving import NotSavedError, Saver
 from pretrain.training.snapshots import KeptBuffers, share_out
+from tests.two_ranks import ThreadRanks, two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0
@@ -99,7 +101,7 @@ def test_a_slow_save_holds_what_was_there_when_it_began(tmp_path: Path, monkeypa
 
 def test_the_next_save_waits_for_the_one_before_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "_WORTH_SAYING", 0.05)
-    config = small_run(tmp_path)
+    config = small_run(tmp_path, evaluate={"every": 6})
     gate = Gate(monkeypatch, 2)
     at_steps(monkeypatch, s4=lambda: threading.Timer(0.3, gate.open).start())
     _, said = train(config)
@@ -190,6 +192,67 @@ def test_a_guard_that_stops_the_run_lets_the_save_in_flight_end(
         train(config)
     assert checkpoints(config) == ["step-00000002"]
     assert checkpoint.read_pointer(config.directory / "train", "latest") is not None
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_while_an_error_waits_for_a_save_the_launcher_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """A silence so long is a hang in the phase of a step, and would end the save. `asked`: for an error's text."""
+    config = small_run(tmp_path, train={"steps": 12}, evaluate={"every": 12})
+    trainer = build_trainer(config, console=Console(quiet=True))
+    beats: list[tuple[int, str]] = []
+    at_close: list[tuple[int, str]] = []
+    plain = Saver.close
+
+    def close(self: Saver) -> None:
+        if self._flight is not None:
+            at_close.append(beats[-1])
+        plain(self)
+
+    monkeypatch.setattr(Saver, "close", close)
+    monkeypatch.setattr(trainer.heartbeat, "beat", lambda step, phase: beats.append((step, phase)))
+    gate = Gate(monkeypatch, 2)
+
+    def fail() -> None:
+        assert beats[-1][1] == "step"
+        threading.Timer(0.2, gate.open).start()
+        raise ValueError(trainer._next_call(SimpleNamespace(step=3, run_id=None)) if asked else "no rows")
+
+    at_steps(monkeypatch, s3=fail)
+    with pytest.raises(ValueError, match="from checkpoint step-00000002" if asked else "no rows"):
+        trainer.train()
+    assert at_close == [(3, "save")]
+
+
+def test_a_save_and_a_look_may_last_longer_than_a_step_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that have ended their share wait for the others, whatever `train.ddp_timeout` is; all end at once."""
+    longer = 1.5
+    settled: list[float] = []
+
+    class Far:
+        def find(self, ranks: Ranks, report: Any) -> None:
+            ranks.on_main(lambda: time.sleep(longer))
+
+        def write(self, content: Any, ranks: Ranks, report: Any) -> str:
+            together(ranks, lambda: time.sleep(longer * ranks.rank))
+            return "there"
+
+        def settle(self, content: Any, *, best: int | None, keep: int) -> None:
+            time.sleep(0.3)
+            settled.append(time.monotonic())
+
+    monkeypatch.setattr(saving, "replace", lambda save, **changes: save)
+
+    def work(ranks: ThreadRanks) -> Any:
+        saver, _ = saver_of(tmp_path / str(ranks.rank), ranks=ranks, train={"ddp_timeout": 1})
+        saver.place = Far()  # type: ignore[assignment]
+        content: Any = SimpleNamespace(rngs=[], step=1)
+        return saver.resume(), saver._try(saving._Save(content, None, last=True)), time.monotonic()
+
+    found = two_ranks(work, timeout=1.0)
+    assert [rank[:2] for rank in found] == [(None, "there")] * 2
+    assert min(rank[2] for rank in found) >= settled[0]
 
 
 def test_kept_buffers_are_allocated_once_and_never_shared() -> None:

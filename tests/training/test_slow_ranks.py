@@ -79,6 +79,7 @@ def job(world: int, every: int = 20, name: str = "ddp") -> tuple[list[SlowRanks]
             ranks=SimpleNamespace(world=world, rank=rank, main=rank == 0, sum=add),
             device=torch.device("cpu"),
             meets_in_forward=name == "fsdp2",
+            name=name,
         )
         made.append(SlowRanks(every, engine, [f"node{number}" for number in range(world)], clock=clocks[rank]))
     return made, clocks, told
@@ -120,6 +121,27 @@ def test_the_rank_its_host_and_its_part_are_named(slowness: dict[str, float], to
         step(made[1], clocks[1], **slowness)
     made[1].look(40)
     assert made[0].look(40) == []  # once said is enough for a while
+
+
+@pytest.mark.parametrize(("name", "named"), [("ddp", True), ("fsdp2", False)])
+def test_an_update_that_each_rank_makes_by_itself_is_its_own_work(name: str, named: bool) -> None:
+    """The others wait for it at the first meeting of the next step. Sharded ranks meet in the update itself."""
+    made, clocks, _ = job(2, name=name)
+    for number in range(1, 21):
+        for rank, update in ((0, 0.002), (1, 0.05)):
+            clocks[rank].now += 0.001
+            made[rank].arrive(0.0)
+            clocks[rank].now += 0.05 - update  # the other one is not there yet
+            agreed = made[rank].noticing(lambda *values: [*values, 1.0])(2.0)
+            assert agreed == [2.0, 1.0]
+            clocks[rank].now += update
+            assert number == 20 or made[rank].look(number) == []
+            made[rank].leave()
+    made[1].look(20)
+    said = made[0].look(20)
+    assert [line.startswith("slow rank: rank 1 (node1) keeps the others waiting in host") for line in said] == (
+        [True] if named else []
+    )
 
 
 def test_between_looks_nobody_meets() -> None:

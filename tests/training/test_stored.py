@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_checkpoint as toy
-from test_saving import small_run, train
+from rich.console import Console
+from test_saving import saver_of, small_run, train
 
 from pretrain import stores
+from pretrain import train as verb
 from pretrain.config import RunConfig
 from pretrain.export import export_model, model_directory
-from pretrain.files import ArtifactError
+from pretrain.files import ArtifactError, manifest_bytes, read_manifest
 from pretrain.ranks import Ranks
 from pretrain.run import run
 from pretrain.stores import Store, StoreError
 from pretrain.training import checkpoint, saving
 from pretrain.training.checkpoint_files import Content
 from pretrain.training.saving import NotSavedError
-from pretrain.training.stored import Stored, stored_model
+from pretrain.training.stored import Folder, Stored, stored_model
 
 ALONE = Ranks.alone()
 
@@ -55,8 +59,8 @@ def die_at(patched: pytest.MonkeyPatch, number: int) -> None:
 
         return change
 
-    for verb in ("put", "put_bytes", "delete"):
-        patched.setattr(Store, verb, counted(getattr(Store, verb)))
+    for change in ("put", "put_bytes", "delete"):
+        patched.setattr(Store, change, counted(getattr(Store, change)))
 
 
 # --- one checkpoint after another -----------------------------------------------------------------------------------
@@ -75,7 +79,12 @@ def content(step: int, model: Any, optimizer: Any, run_id: str = "run-a") -> Con
 def save(stored: Stored, step: int, model: Any, optimizer: Any, *, best: bool = False, keep: int = 2) -> None:
     made = content(step, model, optimizer)
     stored.write(made, ALONE, print)
-    stored.settle(made, best=best, keep=keep)
+    stored.settle(made, best=step if best else None, keep=keep)
+
+
+def folders(stored: Stored) -> list[Folder]:
+    """All that hold anything of a checkpoint, in order."""
+    return sorted({folder for name in stored.store.list() if (folder := Folder.of(name))})
 
 
 def test_the_newest_with_a_marker_is_fetched_and_old_ones_go(tmp_path: Path, url: str) -> None:
@@ -131,15 +140,148 @@ def test_a_kill_between_any_two_requests_leaves_the_older_checkpoint(tmp_path: P
         assert checkpoint.load_checkpoint(found).step in (2, 3)
         save(stored, 3, model, optimizer)  # what the same command does next
         assert stored.steps() == [2, 3]
-        assert {name.partition("/")[0] for name in stored.store.list() if name.startswith("step")} == {
-            "step-00000002",
-            "step-00000003",
-        }
+        assert [folder.step for folder in folders(stored)] == [2, 3], "one of each step"
         if ended:
             break
     assert len(outcomes) > 8
     assert outcomes == sorted(outcomes), "the older one until the marker is there, the newer one from then on"
     assert {outcomes[0], outcomes[-1]} == {"step-00000002", "step-00000003"}
+
+
+def test_a_step_that_is_saved_again_is_never_gone(tmp_path: Path, url: str) -> None:
+    """With its scores, say, that a stop had left out: one to keep, and a kill between any two requests."""
+    model, optimizer = toy.make()
+    stored = place(url, tmp_path)
+    save(stored, 3, model, optimizer, best=True, keep=1)
+    kept = {name: stored.store.read(name) for name in stored.store.list()}
+    toy.train(model, optimizer, 1)
+    digests = []
+    for number in range(1, 100):
+        for name in stored.store.list():
+            stored.store.delete(name)
+        for name, data in kept.items():
+            assert data is not None
+            stored.store.put_bytes(name, data)
+        with pytest.MonkeyPatch.context() as patched:
+            die_at(patched, number)
+            try:
+                save(stored, 3, model, optimizer, best=True, keep=1)
+                ended = True
+            except Killed:
+                ended = False
+        found = place(url, tmp_path / "elsewhere").find(ALONE, print)
+        assert found is not None, number
+        assert found.name == "step-00000003"
+        digests.append(checkpoint.load_checkpoint(found).manifest.digest)
+        save(stored, 3, model, optimizer, best=True, keep=1)  # what the same command does next
+        (whole,) = folders(stored)
+        assert stored._pointer("latest")["checkpoint"] == stored._pointer("best")["checkpoint"] == whole.name
+        if ended:
+            break
+    assert len(digests) > 8
+    assert len(set(digests)) == 2, "the old one until the new one is whole"
+    assert digests == sorted(digests, key=digests.index), "and from then on the new one"
+    for step in (None, "step-00000003"):
+        copied = place(url, tmp_path / "model").model(step)
+        assert copied is not None
+        assert copied.name == "step-00000003", "on a disk it has the name of any other"
+    assert stored.model("step-00000004") is stored.model("../x") is None
+
+
+def test_a_save_that_fails_leaves_the_one_of_the_same_step(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = toy.make()
+    stored = place(url, tmp_path)
+    save(stored, 3, model, optimizer, keep=1)
+
+    def down(*arguments: Any) -> None:
+        raise StoreError("the store is down")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "put", down)
+        with pytest.raises(StoreError):
+            save(stored, 3, model, optimizer, keep=1)
+    assert stored.steps() == [3]
+    assert stored.find(ALONE, print) is not None
+
+
+def test_another_runs_checkpoint_of_the_same_step_stays(tmp_path: Path, url: str) -> None:
+    model, optimizer = toy.make()
+    stored, said = place(url, tmp_path), []
+    stored.write(content(3, model, optimizer, "run-b"), ALONE, print)
+    toy.train(model, optimizer, 1)
+    for _ in range(2):
+        made = content(3, model, optimizer)
+        stored.write(made, ALONE, said.append)
+        stored.settle(made, best=3, keep=1)
+    assert "another run's checkpoint of step 3 lies in" in said[0]
+    assert (stored.steps("run-a"), stored.steps("run-b")) == ([3], [3])
+    assert [folder.name for folder in folders(stored)] == ["step-00000003", "step-00000003.3"]
+    found = stored.find(ALONE, said.append)
+    assert found is not None
+    assert checkpoint.load_checkpoint(found).run_id == "run-a"
+    stored.store.delete("best.json")
+    stored.repair({"latest": 3, "best": 3}, "run-a", print)
+    assert stored._pointer("best")["checkpoint"] == "step-00000003.3"
+
+
+def test_names_that_lead_out_of_the_copy_are_refused(tmp_path: Path) -> None:
+    """Who can write a store must not be able to write beside it, here."""
+    model, optimizer = toy.make()
+    stored = place(f"file://{tmp_path}/store", tmp_path / "here" / "train")
+    save(stored, 1, model, optimizer)
+    (tmp_path / "store" / "toy" / "x").write_text("theirs")
+    step = tmp_path / "store" / "toy" / "step-00000001"
+    manifest = read_manifest(step, "checkpoint")
+    evil = replace(manifest, files=manifest.files | {"../x": "0" * 64, "model/../../x": "0" * 64})
+    (step / "manifest.json").write_bytes(manifest_bytes(evil))
+    with pytest.raises(ArtifactError, match="no checkpoint that can be used"):
+        stored.find(ALONE, print)
+    with pytest.raises(ArtifactError, match="names no file below"):
+        stored.model()
+    pointer = {"checkpoint": "../../../precious", "step": 1, "run_id": "run-a"}
+    stored.store.put_bytes("latest.json", checkpoint.pointer_bytes(pointer))
+    assert stored.model() is None
+    assert [path for path in tmp_path.rglob("x") if path.parent.name != "toy"] == []
+
+
+def test_newer_checkpoints_of_another_run_are_not_gone_on_from(tmp_path: Path, url: str) -> None:
+    model, optimizer = toy.make()
+    stored = place(url, tmp_path)
+    save(stored, 2, model, optimizer)
+    toy.save(tmp_path, 9, model, optimizer, run_id="run-b")
+    with pytest.raises(ArtifactError, match=r"another run than .* holds those of run run-a; give another name="):
+        stored.find(ALONE, print)
+    toy.save(tmp_path, 1, model, optimizer)
+    found = stored.find(ALONE, print)
+    assert found is not None
+    assert found.name == "step-00000002"
+
+
+def test_a_store_that_does_not_answer_is_not_an_empty_one(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stored_run(tmp_path, url)
+    (config.directory / "train").mkdir(exist_ok=True)
+    before = toy.contents(config.directory)
+
+    def down(self: Store) -> list[str]:
+        raise StoreError("`memory://` could not be listed: 503")
+
+    monkeypatch.setattr(Store, "list", down)
+    with pytest.raises(StoreError, match="could not be listed"):
+        run(config, fresh=True)
+    assert toy.contents(config.directory) == before, "nothing was archived"
+    with pytest.raises(StoreError, match="could not be listed"):
+        verb.train(config, resume="never")
+    monkeypatch.setattr(Stored, "write", lambda self, *arguments: self.store.list())
+    monkeypatch.setattr(saving, "PATIENCE_SECONDS", 0.0)
+    saver, said = saver_of(tmp_path / "saver", checkpoint={"to": url})
+    assert saver._try(saving._Save(content(4, *toy.make()), None, last=False)) is None
+    assert "which one is the newest cannot be told" in said.getvalue()
+    with pytest.raises(NotSavedError, match="goes on from the newest checkpoint there"):
+        saver._try(saving._Save(content(4, *toy.make()), None, last=True))
 
 
 def test_what_is_damaged_in_the_store_is_passed_over(tmp_path: Path, url: str) -> None:
@@ -220,6 +362,27 @@ def test_a_store_that_fails_costs_a_save_and_the_last_one_is_an_error(
     shutil.rmtree(config.directory / "train")
     with pytest.raises(NotSavedError, match="Steps 3 to 6 are lost"):
         train(config)
+
+
+def test_going_on_from_a_store_does_not_say_that_nothing_was_saved(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stored_run(tmp_path, url)
+    directory = config.directory / "train"
+    directory.mkdir()
+    (directory / "config.yaml").write_text("")
+
+    def build(*arguments: Any, **keywords: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(verb, "build_trainer", build)
+    for record, said_so in ((None, True), ({"to": url, "run": f"{url}/synthetic", "step": 4}, False)):
+        if record is not None:
+            (directory / "store.json").write_text(json.dumps(record))
+        said = io.StringIO()
+        with pytest.raises(Killed):
+            verb.train(config, console=Console(file=said, width=10_000))
+        assert ("ended before it saved anything" in said.getvalue()) == said_so
 
 
 def test_moving_into_a_store_goes_on_from_the_disk(tmp_path: Path, url: str) -> None:

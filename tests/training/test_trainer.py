@@ -143,7 +143,7 @@ def test_a_batch_split_is_the_same_batch(tmp_path: Path, optimizer: str) -> None
         configuration = config(tmp_path / str(micro_batch), train={"micro_batch": micro_batch}, optimizer=settings)
         made = trainer(configuration)
         micro_batches = made.feed.micro_batches(0)
-        made._backward(micro_batches, sum(batch.num_targets for batch in micro_batches))
+        made._backward(micro_batches, {"targets": sum(batch.num_targets for batch in micro_batches)})
         gradients.append(
             torch.cat([p.grad.flatten().clone() for p in made.engine.bare.parameters() if p.grad is not None])
         )

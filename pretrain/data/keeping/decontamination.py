@@ -29,6 +29,7 @@ from pretrain.config_data import Decontamination
 from pretrain.data.keeping.words import run_hashes, word_hashes, words_of
 from pretrain.data.order import U64
 from pretrain.data.reading.documents import ReadReport, read_documents
+from pretrain.data.reading.pairs import TextField
 from pretrain.data.reading.sources import SourceFile, resolve_sources
 
 KEY = "data.decontaminate.files"
@@ -62,7 +63,7 @@ def known_runs(texts: Iterable[str], ngrams: int) -> U64:
     return np.unique(np.concatenate([merged, *waiting]))
 
 
-def evaluation_runs(files: Sequence[SourceFile], ngrams: int, text_field: str) -> U64:
+def evaluation_runs(files: Sequence[SourceFile], ngrams: int, text_field: TextField) -> U64:
     """The runs of the evaluation files.
 
     Raises:
@@ -80,7 +81,7 @@ def evaluation_runs(files: Sequence[SourceFile], ngrams: int, text_field: str) -
     return np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *runs]))
 
 
-def _texts(file: SourceFile, text_field: str) -> Iterator[str]:
+def _texts(file: SourceFile, text_field: TextField) -> Iterator[str]:
     report = ReadReport()
     if file.format in ("parquet", "hub"):
         yield from (document.text for document in read_documents(file, text_field=text_field, report=report))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +94,14 @@ class _Rewriting:
         if goes.all():
             return None
         sizes = self.documents["bytes"][here]
-        with ShardWriter(self.work / "data" / shard.name, shard.name, self.plan.vocab_size) as writer:
+        marked = shard.marks_digest is not None
+        with ShardWriter(self.work / "data" / shard.name, shard.name, self.plan.vocab_size, marked=marked) as writer:
             for first in range(0, len(here), _BATCH):
                 stays = np.flatnonzero(~goes[first : first + _BATCH]) + first
-                writer.add(store.gather(starts[stays], lengths[stays]), lengths[stays], int(sizes[stays].sum()))
-        return asdict(writer.facts())
+                runs = (starts[stays], lengths[stays])
+                marks = store.gather_marks(*runs) if marked else None
+                writer.add(store.gather(*runs), lengths[stays], int(sizes[stays].sum()), marks)
+        return writer.facts().to_json()
 
     def _take_off(
         self, files: dict[str, Any], split: str, gone: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +22,16 @@ from pretrain.data.order import IntArray
 from pretrain.data.shards import TokenStore
 from pretrain.data.vocabulary import SpecialIds
 
-Kind = Literal["plain", "masked", "random", "kept", "ahead", "none"]
+Kind = Literal["plain", "masked", "random", "kept", "ahead", "none", "output"]
 """What is predicted at a place.
 
-    plain   causal: the next place's token; masked: nothing
+    plain   causal: the next place's token; masked, or read by an encoder: nothing
     masked  the token itself, hidden behind [MASK]
     random  the token itself, replaced by another
     kept    the token itself, left as it is
     ahead   causal: a token that does not stand at the next place, as a piece or a row ends here
     none    causal: nothing, as the document ends here
+    output  no place of the input: what the decoder is to write for the piece, behind the piece's own tokens
 """
 
 
@@ -72,10 +73,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Piece:
-    """A document, or a part of one, in a row."""
+    """A document, or a part of one, in a row. `pair` is the label of its two segments: 0 where the second follows."""
 
     origin: Origin
     tokens: tuple[Token, ...]
+    pair: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over all rows of a batch. `kinds` counts places by what is predicted at them, padding left out."""
+    """Counts over all rows of a batch. `kinds` counts places by what is predicted at them, padding left out.
+
+    `pairs` counts pairs of segments by their label.
+    """
 
     rows: int
     length: int
@@ -104,6 +109,7 @@ class Totals:
     pieces: int
     sources: dict[str, int]
     kinds: dict[Kind, int]
+    pairs: dict[int, int] = field(default_factory=dict)
 
     @property
     def utilisation(self) -> float:
@@ -123,9 +129,11 @@ class Inspector:
 
     def totals(self, batch: Batch) -> Totals:
         """Counts over the whole batch."""
-        kinds = _kinds(batch, self._splits[0].tokens)
         places = batch.arrays["document_ids"] > 0
-        counted = Counter(kinds[places].tolist())
+        counted = Counter(_kinds(batch, self._splits[0].tokens)[places].tolist())
+        if _is_paired(batch):
+            counted[_KINDS.index("output")] = batch.num_targets
+        labels = batch.arrays.get("sentence_labels", np.empty(0, dtype=np.int64))
         names = Counter(self._splits[source].source for source in batch.row_ids[:, 0].tolist())
         rows, length = batch.arrays["input_ids"].shape
         return Totals(
@@ -136,6 +144,7 @@ class Inspector:
             pieces=int(batch.arrays["document_ids"].max(axis=1).sum()),
             sources=dict(sorted(names.items())),
             kinds={kind: counted[number] for number, kind in enumerate(_KINDS) if counted[number]},
+            pairs=dict(sorted(Counter(labels[labels != IGNORE].tolist()).items())),
         )
 
     def row(self, batch: Batch, number: int) -> Row:
@@ -149,12 +158,18 @@ class Inspector:
         bounds = split.plan.rows[plan_row : plan_row + 2].astype(np.int64)
         pieces = split.plan.pieces[bounds[0] : bounds[1]]
         kinds = _kinds(alone, split.tokens)[0]
+        labels = alone.arrays["sentence_labels"][0] if "sentence_labels" in alone.arrays else None
         made = []
         for slot, piece in enumerate(pieces, start=1):
             places = np.flatnonzero(numbers == slot)
             origin = self._files[source].origin(int(piece["offset"]), int(piece["length"]))
-            tokens = self._tokens(alone.arrays["input_ids"][0, places], targets[0, places], kinds[places], places)
-            made.append(Piece(origin, tokens))
+            ids = alone.arrays["input_ids"][0, places]
+            none = np.full(len(places), IGNORE)
+            tokens = self._tokens(ids, none if _is_paired(alone) else targets[0, places], kinds[places], places)
+            if _is_paired(alone):
+                tokens += self._output(alone, slot)
+            pair = int(labels[slot - 1]) if labels is not None and labels[slot - 1] != IGNORE else None
+            made.append(Piece(origin, tokens, pair))
         used = int(np.count_nonzero(numbers))
         return Row(
             number,
@@ -167,6 +182,12 @@ class Inspector:
             tokens=used,
             padding=len(numbers) - used,
         )
+
+    def _output(self, alone: Batch, slot: int) -> tuple[Token, ...]:
+        """What the decoder is to write for a piece of a row, the places counted in the decoder's row."""
+        places = np.flatnonzero(alone.arrays["decoder_document_ids"][0] == slot)
+        targets = alone.arrays["labels"][0, places]
+        return self._tokens(targets, targets, np.full(len(places), _KINDS.index("output")), places)
 
     def _tokens(self, ids: IntArray, targets: IntArray, kinds: Any, places: IntArray) -> tuple[Token, ...]:
         """The tokens at the places of one piece; all arrays are (n,)."""
@@ -193,7 +214,12 @@ class Inspector:
         return tuple(tokens)
 
 
-_KINDS: tuple[Kind, ...] = ("plain", "masked", "random", "kept", "ahead", "none")
+_KINDS: tuple[Kind, ...] = ("plain", "masked", "random", "kept", "ahead", "none", "output")
+
+
+def _is_paired(batch: Batch) -> bool:
+    """Whether it is an encoder-decoder's."""
+    return "decoder_input_ids" in batch.arrays
 
 
 def _targets(batch: Batch) -> tuple[IntArray, bool]:
@@ -207,6 +233,8 @@ def _kinds(batch: Batch, special: SpecialIds) -> Any:
     targets, own = _targets(batch)
     ids, numbers = batch.arrays["input_ids"], batch.arrays["document_ids"]
     kinds = np.zeros(ids.shape, dtype=np.int8)
+    if _is_paired(batch):
+        return kinds
     scored = targets != IGNORE
     if own:
         kinds[scored] = _KINDS.index("random")

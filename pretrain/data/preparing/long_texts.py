@@ -17,6 +17,8 @@ from itertools import islice
 
 from tokenizers import Tokenizer
 
+from pretrain.data.preparing.marks import Marker
+
 PIECE = 1 << 18
 """Characters of a piece, about; up to four times as many are encoded as they are."""
 LARGEST_PIECE = 1 << 24
@@ -32,8 +34,10 @@ class UncutTextError(ValueError):
     """A document that is too long to be encoded at once, and has no place to be cut at."""
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[array[int] | UncutTextError]:
-    """Ids of each text, without special tokens, or why it has none.
+def encode_texts(
+    tokenizer: Tokenizer, texts: Iterable[str], marker: Marker | None = None
+) -> Iterator[array[int] | UncutTextError]:
+    """Ids of each text, without special tokens, or why it has none; with `marker` they are marked.
 
     Short ones that follow each other are encoded together, so that all of the library's threads work.
     """
@@ -42,26 +46,32 @@ def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[array[i
         if len(text) <= 4 * PIECE:
             short.append(text)
             continue
-        yield from _encode_all(tokenizer, short)
+        yield from _encode_all(tokenizer, short, marker)
         short = []
         try:
-            yield _encode_long(tokenizer, text)
+            yield _encode_long(tokenizer, text, marker)
         except UncutTextError as error:
             yield error
-    yield from _encode_all(tokenizer, short)
+    yield from _encode_all(tokenizer, short, marker)
 
 
-def _encode_all(tokenizer: Tokenizer, texts: list[str]) -> Iterator[array[int]]:
+def _encode_all(
+    tokenizer: Tokenizer, texts: list[str], marker: Marker | None, *, are_starts: bool = True
+) -> Iterator[array[int]]:
+    if marker is not None:
+        yield from marker.encode(tokenizer, texts, are_starts=are_starts) if texts else ()
+        return
     for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ():
         yield array("I", encoding.ids)
 
 
-def _encode_long(tokenizer: Tokenizer, text: str) -> array[int]:
+def _encode_long(tokenizer: Tokenizer, text: str, marker: Marker | None) -> array[int]:
     ids = array("I")
     pieces = cut_text(tokenizer, text)
+    ids.extend(next(_encode_all(tokenizer, [next(pieces)], marker)))
     while group := list(islice(pieces, _GROUP)):
-        for encoding in tokenizer.encode_batch_fast(group, add_special_tokens=False):
-            ids.extend(encoding.ids)
+        for more in _encode_all(tokenizer, group, marker, are_starts=False):
+            ids.extend(more)
     return ids
 
 

@@ -15,6 +15,7 @@ from pretrain.config_data import DataConfig, DocumentStart, Source, ValidationSp
 from pretrain.data.preparing.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text, entirely, of_source
 from pretrain.data.reading.documents import byte_ranges, document_mode, input_digest, units
 from pretrain.data.reading.lines import Policy
+from pretrain.data.reading.pairs import TextField, check_pairs
 from pretrain.data.reading.sources import (
     SourceFile,
     Told,
@@ -60,6 +61,7 @@ class Plan:
 
     `held_out` is the rule that splits the training files: {"fraction": x}, {"tail": x} or None.
     `max_bytes` bounds the text that is read of each split's files, for trials.
+    `marks`: the shards say where words and sentences start.
     `steps` are what keeps documents out (`pretrain.data.keeping.sieve`), as plain data.
     """
 
@@ -67,7 +69,7 @@ class Plan:
     digests: tuple[str, ...]
     parts: tuple[Part, ...]
     document: str | DocumentStart
-    text_field: str
+    text_field: TextField
     ids_field: str | None
     held_out: dict[str, float] | None
     tokenizer: str
@@ -77,6 +79,7 @@ class Plan:
     steps: dict[str, Any] = field(default_factory=dict)
     on_error: Policy = "keep-going"
     max_bad_share: float = 1.0
+    marks: bool = False
     version: int = PLAN_VERSION
 
     @cached_property
@@ -93,6 +96,8 @@ class Plan:
         }
         raw.pop("digest", None)  # where `cached_property` keeps it
         del raw["on_error"], raw["max_bad_share"]  # how it may end, not what it gives
+        if not self.marks:
+            del raw["marks"]  # as before there were any
         raw["document"] = self.document if isinstance(self.document, str) else self.document.model_dump()
         return raw
 
@@ -106,13 +111,14 @@ class Plan:
                 for piece in part["pieces"]
             ]
             parts.append(Part(part["split"], part["number"], tuple(pieces), part["weight"]))
-        document = raw["document"]
+        document, text_field = raw["document"], raw["text_field"]
         return cls(
             **{
                 **raw,
                 "files": tuple(SourceFile(**file) for file in raw["files"]),
                 "digests": tuple(raw["digests"]),
                 "parts": tuple(parts),
+                "text_field": text_field if isinstance(text_field, str) else tuple(text_field),
                 "document": document if isinstance(document, str) else DocumentStart(**document),
             }
         )
@@ -131,6 +137,8 @@ class Plan:
             return entirely(part.split)
         if "fraction" in self.held_out:
             rule = by_fraction(self.held_out["fraction"])
+        elif piece.length is None and not isinstance(self.text_field, str):
+            rule = by_fraction(self.held_out["tail"])  # of a trial; a pair is not cut
         elif piece.length is None:
             rule = by_tail_of_text(self.held_out["tail"])
         else:
@@ -179,17 +187,19 @@ def make_plan(
     tokenizer_digest: str,
     vocab_size: int,
     max_bytes: int | None,
+    marks: bool = False,
     told: Told | None = None,
 ) -> Plan:
     """Cut the text (as of `input_files`) into parts of about `data.part_bytes` and hash every input.
 
-    With `max_bytes` no more than that is read of any file, and later files are left out; `told` is called with the
-    bytes that were hashed, from time to time.
+    With `marks` the shards will say where words start. With `max_bytes` no more than that is read of any file, and
+    later files are left out; `told` is called with the bytes that were hashed, from time to time.
 
     Raises:
         ValueError: when `data.document` does not fit a file, or a share is to be held out of a single document.
     """
     files = [file for group in splits.values() for file in group]
+    check_pairs(files, data.text_field)
     rule = data.validation.model_dump(exclude_none=True) if isinstance(data.validation, ValidationSplit) else None
     if rule is not None and "fraction" in rule:
         for split in filter(is_training, splits):
@@ -226,6 +236,7 @@ def make_plan(
         max_bytes=max_bytes,
         on_error=data.on_error,
         max_bad_share=data.max_bad_share,
+        marks=marks,
     )
 
 

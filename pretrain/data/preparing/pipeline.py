@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from pretrain.data.keeping.decontamination import KnownRuns, known_runs
 from pretrain.data.keeping.deduplication import Fingerprints
 from pretrain.data.keeping.sieve import DECONTAMINATE, DEDUP, Sieve
 from pretrain.data.preparing.long_texts import UncutTextError, encode_texts
+from pretrain.data.preparing.marks import Marker, marker_of
+from pretrain.data.preparing.marks import split as split_marks
 from pretrain.data.preparing.parts import Part, Piece, Plan, is_training
 from pretrain.data.preparing.unfinished import (
     NAMED_PROBLEMS,
@@ -39,9 +41,10 @@ from pretrain.data.preparing.unfinished import (
 )
 from pretrain.data.reading.documents import ReadReport, read_documents
 from pretrain.data.reading.lines import Policy
+from pretrain.data.reading.pairs import sides
 from pretrain.data.reading.problems import add_problems, counts_of, no_problems
 from pretrain.data.shards import ShardWriter
-from pretrain.data.vocabulary import ReadyIds
+from pretrain.data.vocabulary import ReadyIds, read_vocabulary
 from pretrain.files import replace_file
 
 _BATCH_CHARACTERS = 1 << 20
@@ -56,6 +59,12 @@ def _read_plan(path: str, digest: str) -> Plan:
 @lru_cache(maxsize=1)
 def _ready_ids(directory: str, digest: str, ids_field: str | None) -> ReadyIds:
     return ReadyIds.of(Path(directory), ids_field)
+
+
+@lru_cache(maxsize=1)
+def _separator(directory: str, digest: str) -> int:
+    """The id that parts a stored pair: EOS, which no text gives."""
+    return read_vocabulary(Path(directory)).need("eos", "objective.kind: translation")
 
 
 @lru_cache(maxsize=1)
@@ -149,7 +158,7 @@ class NoteHeldOut(PartStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[PipelineDocument]:
         """Write the runs of the part. Yields nothing."""
         plan, part = self.plan_and_part(rank)
-        texts = (document.text for document in data if "split" in document.metadata)
+        texts: Iterator[str] = (document.text for document in data if "split" in document.metadata)
         runs = known_runs(texts, plan.steps[DECONTAMINATE]["ngrams"])
         save_array(held_out_runs_of(Path(self.work), part), runs)
         yield from ()
@@ -175,22 +184,27 @@ class WriteShards(PartStep):
         work = Path(self.work)
         counts = _Counts(plan)
         notes = Fingerprints(Deduplication(**plan.steps[DEDUP])) if DEDUP in plan.steps else None
+        words = marker_of(plan.tokenizer, plan.tokenizer_digest) if plan.marks else None
+        separator = None if isinstance(plan.text_field, str) else _separator(plan.tokenizer, plan.tokenizer_digest)
+        encoder = _Encoder(tokenizer, counts, self.on_error, words, separator)
         writers: dict[str, ShardWriter] = {}
         without_text: set[str] = set()
         with ExitStack() as stack:
             for batch in _batches(data, counts):
-                for split, encoded in _encode(tokenizer, batch, counts, self.on_error).items():
+                for split, encoded in encoder.encode(batch).items():
                     if split not in writers:
                         name = f"{split}/part-{part.number:05d}"
-                        writer = ShardWriter(shards_folder(work, plan) / name, name, plan.vocab_size)
+                        stem = shards_folder(work, plan) / name
+                        writer = ShardWriter(stem, name, plan.vocab_size, marked=plan.marks)
                         writers[split] = stack.enter_context(writer)
                     ids = np.frombuffer(encoded.ids, dtype=np.uint32)
-                    writers[split].add(ids, np.array(encoded.lengths, dtype=np.int64), encoded.bytes)
+                    ids, marks = split_marks(ids) if plan.marks else (ids, None)
+                    writers[split].add(ids, np.array(encoded.lengths, dtype=np.int64), encoded.bytes, marks)
                     without_text |= {split} if encoded.without_text else set()
                 if notes is not None:
                     _note(notes, batch, is_training(part.split))
         shards = [
-            {**asdict(writer.facts()), **({"bytes": 0} if split in without_text else {})}  # not known of ready ids
+            {**writer.facts().to_json(), **({"bytes": 0} if split in without_text else {})}  # not known of ready ids
             for split, writer in writers.items()
         ]
         mark = {"shards": shards, "files": counts.files, "bad": counts.named, **counts.kept_out}
@@ -210,39 +224,74 @@ class _Encoded:
     without_text: bool = False
 
 
-def _encode(
-    tokenizer: Tokenizer, batch: list[PipelineDocument], counts: _Counts, on_error: Policy
-) -> dict[str, _Encoded]:
-    texts = [document for document in batch if document.metadata["ids"] is None]
-    encoded_texts = iter(encode_texts(tokenizer, (document.text for document in texts)))
-    splits: dict[str, _Encoded] = {}
-    for document in batch:
-        split, ready = document.metadata["split"], document.metadata["ids"]
-        if ready is not None:
+@dataclass(frozen=True)
+class _Encoder:
+    """Documents to ids by split; with `marker` they are marked, with `separator` each is a pair that it parts."""
+
+    tokenizer: Tokenizer
+    counts: _Counts
+    on_error: Policy
+    marker: Marker | None
+    separator: int | None
+
+    def encode(self, batch: list[PipelineDocument]) -> dict[str, _Encoded]:
+        """What a batch gives; bad documents are noted, and marked so."""
+        texts: Iterator[str] = (document.text for document in batch if document.metadata["ids"] is None)
+        texts = texts if self.separator is None else self._sides(texts)
+        encoded_texts = encode_texts(self.tokenizer, texts, self.marker)
+        splits: dict[str, _Encoded] = {}
+        for document in batch:
+            split, ready = document.metadata["split"], document.metadata["ids"]
+            if ready is not None:
+                self._add_ready(splits.setdefault(split, _Encoded()), document, ready)
+                continue
+            ids: array[int] | UncutTextError | str = next(encoded_texts)
+            if self.separator is not None:
+                ids = self._pair(ids, next(encoded_texts))
+            if not isinstance(ids, array):
+                problem = ReadReport(on_error=self.on_error)
+                problem.note_bad(document.id, str(ids), "too long" if isinstance(ids, UncutTextError) else "field")
+                document.metadata["is_bad"] = True
+                self.counts.note(document.metadata["file"], problem)
+                continue
+            text = document.text
+            size = len(text) if text.isascii() else len(text.encode("utf-8"))
+            size -= self.separator is not None
             encoded = splits.setdefault(split, _Encoded())
-            encoded.ids.frombytes(ready)
-            encoded.lengths.append(len(ready) // 4)
-            encoded.without_text = True
-            counts.add(document.metadata["file"], split, len(ready) // 4, 0)
-            continue
-        ids = next(encoded_texts)
-        if isinstance(ids, UncutTextError):
-            problem = ReadReport(on_error=on_error)
-            problem.note_bad(document.id, str(ids), "too long")
-            document.metadata["is_bad"] = True
-            counts.note(document.metadata["file"], problem)
-            continue
-        text = document.text
-        size = len(text) if text.isascii() else len(text.encode("utf-8"))
-        encoded = splits.setdefault(split, _Encoded())
-        if encoded.ids:
-            encoded.ids.extend(ids)
-        else:
-            encoded.ids = ids  # a long one is not copied
-        encoded.lengths.append(len(ids))
-        encoded.bytes += size
-        counts.add(document.metadata["file"], split, len(ids), size)
-    return splits
+            if encoded.ids:
+                encoded.ids.extend(ids)
+            else:
+                encoded.ids = ids  # a long one is not copied
+            encoded.lengths.append(len(ids))
+            encoded.bytes += size
+            self.counts.add(document.metadata["file"], split, len(ids), size)
+        return splits
+
+    def _add_ready(self, encoded: _Encoded, document: PipelineDocument, ready: bytes) -> None:
+        if self.marker is not None:
+            raise ValueError(
+                f"`{document.id}` is ready ids, which do not say where words start; objective.whole_words and "
+                "objective.sentences need text"
+            )
+        encoded.ids.frombytes(ready)
+        encoded.lengths.append(len(ready) // 4)
+        encoded.without_text = True
+        self.counts.add(document.metadata["file"], document.metadata["split"], len(ready) // 4, 0)
+
+    def _sides(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            yield from sides(text)
+
+    def _pair(
+        self, source: array[int] | UncutTextError | str, target: array[int] | UncutTextError
+    ) -> array[int] | UncutTextError | str:
+        """The ids of a pair, or what is wrong with it."""
+        assert self.separator is not None
+        if not isinstance(source, array) or not isinstance(target, array):
+            return target if isinstance(source, array) else source
+        if not source or not target:
+            return "a side of the pair has no tokens"
+        return source + array("I", [self.separator]) + target
 
 
 def _note(notes: Fingerprints, batch: list[PipelineDocument], from_training: bool) -> None:

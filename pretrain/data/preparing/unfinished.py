@@ -34,7 +34,7 @@ from pretrain.data.keeping.kept_out import Counted, Tally, describe, most_removi
 from pretrain.data.keeping.sieve import DEDUP, inputs_of, labels_of
 from pretrain.data.preparing.parts import Part, Plan, is_training
 from pretrain.data.reading.problems import add_problems, no_problems, problem_facts, refuse_bad
-from pretrain.data.shards import INDEX_SUFFIX, TOKENS_SUFFIX, UNFINISHED_SUFFIX
+from pretrain.data.shards import UNFINISHED_SUFFIX, digests_of
 from pretrain.data.vocabulary import SpecialIds
 from pretrain.files import MANIFEST, Manifest, replace_file, sha256_file, write_manifest
 
@@ -120,8 +120,8 @@ def is_finished(work: Path, part: Part, shards: Path, *, kept: bool = False) -> 
         if not noted.is_file() or sha256_file(noted) != mark["fingerprints"]:
             return False
     for shard in mark["shards"]:
-        for suffix, digest in ((TOKENS_SUFFIX, shard["digest"]), (INDEX_SUFFIX, shard["index_digest"])):
-            file = shards / (shard["name"] + suffix)
+        for name, digest in digests_of(shard).items():
+            file = shards / name
             if not file.is_file() or sha256_file(file) != digest:
                 return False
     return True
@@ -167,11 +167,9 @@ def finish(work: Path, plan: Plan, vocabulary: SpecialIds, *, config: dict[str, 
     kept_out, removed = _kept_out(data, plan, marks)
     refuse_bad(files, named, plan.max_bad_share, plan.files)
     _refuse_empty(shards, named, _blamed(kept_out, data))
-    digests = {
-        shard["name"] + suffix: shard[key]
-        for shard in chain.from_iterable(shards.values())
-        for suffix, key in ((TOKENS_SUFFIX, "digest"), (INDEX_SUFFIX, "index_digest"))
-    }
+    digests: dict[str, str] = {}
+    for shard in chain.from_iterable(shards.values()):
+        digests |= digests_of(shard)
     digests |= removed
     lines = "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in files)
     replace_file(data / "files.jsonl", lines.encode())

@@ -25,6 +25,7 @@ from pretrain.config_data import DocumentStart
 from pretrain.data.reading.compression import DamagedFileError
 from pretrain.data.reading.encodings import encoding_of, is_wide, open_text
 from pretrain.data.reading.lines import ByteRange, Document, LineReader, ReadReport
+from pretrain.data.reading.pairs import TextField, check_pairs
 from pretrain.data.reading.sources import (
     TOKEN_FORMATS,
     SourceFile,
@@ -94,7 +95,7 @@ def read_documents(
     file: SourceFile,
     *,
     document: str | DocumentStart = "auto",
-    text_field: str = "text",
+    text_field: TextField = "text",
     byte_range: ByteRange | None = None,
     report: ReadReport | None = None,
     max_bytes: int | None = None,
@@ -105,7 +106,7 @@ def read_documents(
     Args:
         file: what to read.
         document: as `data.document` of the configuration.
-        text_field: the column or key that holds the text, for tables.
+        text_field: the column or key that holds the text, for tables; two for pairs (`pairs`).
         byte_range: [start, end) in bytes of a plain file or of parquet, in rows of a Hub dataset; compressed files,
             UTF-16 and UTF-32 are read whole. For csv, one that `byte_ranges` gave, as only a whole pass finds where
             rows start.
@@ -121,6 +122,7 @@ def read_documents(
     """
     report = report if report is not None else ReadReport()
     mode = document_mode(file, document)
+    check_pairs([file], text_field)
     if file.format in TOKEN_FORMATS:
         if ready is None:
             raise ValueError(f"`{file.name}` holds token ids, not text; give text, or use it as data.train of a run")
@@ -136,6 +138,7 @@ def read_documents(
     if ready is not None:
         text_field = id_column(file, ready)
     if file.format in ("hub", "parquet"):
+        assert isinstance(text_field, str)
         if file.format == "parquet":
             rows = _parquet_rows(file, text_field, byte_range, report, ready, small=max_bytes is not None)
         elif max_bytes is not None:

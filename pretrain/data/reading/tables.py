@@ -17,6 +17,7 @@ import orjson
 
 from pretrain.data.reading.encodings import open_text
 from pretrain.data.reading.lines import TOO_LONG, Document, LineReader, ReadReport, decode_line, without_newline
+from pretrain.data.reading.pairs import SEPARATOR, TextField, fields_of
 from pretrain.data.reading.sources import SourceFile
 from pretrain.data.reading.token_files import row_ids
 from pretrain.data.vocabulary import ReadyIds
@@ -35,13 +36,14 @@ class _Problem:
     why: str
 
 
-def table_rows(reader: LineReader, text_field: str, ready: ReadyIds | None = None) -> Iterator[Document]:
-    """Rows of jsonl, csv and tsv.
+def table_rows(reader: LineReader, text_field: TextField, ready: ReadyIds | None = None) -> Iterator[Document]:
+    """Rows of jsonl, csv and tsv; of two fields a pair each.
 
     Raises:
         ValueError: when none of the file's first rows has the field; a single one without it is a bad row.
     """
-    rows = _json_rows(reader, text_field) if reader.file.format == "jsonl" else _delimited_rows(reader, text_field)
+    fields = fields_of(text_field)
+    rows = _json_rows(reader, fields) if reader.file.format == "jsonl" else _delimited_rows(reader, fields)
     report = reader.report
     lacking = 0
     first = ""
@@ -49,7 +51,7 @@ def table_rows(reader: LineReader, text_field: str, ready: ReadyIds | None = Non
         if isinstance(row, _Problem):
             reader.bad(row.why, row.kind, number)
             continue
-        if ready is not None and text_field in row:
+        if ready is not None and isinstance(text_field, str) and text_field in row:
             made = row_ids(reader.file, ready, row, offset)
             if isinstance(made, str):
                 reader.bad(made, "ids", number)
@@ -59,19 +61,38 @@ def table_rows(reader: LineReader, text_field: str, ready: ReadyIds | None = Non
                 report.good += 1
                 yield made
             continue
-        text = row.get(text_field)
-        if ready is None and isinstance(text, str) and _is_encodable(text):
+        field = next((name for name in fields if not _is_text(row.get(name))), None)
+        if ready is None and field is None:
+            texts = [row[name] for name in fields]
             del row
-            yield from reader.document(text, offset)
+            if len(texts) == 1:
+                yield from reader.document(texts[0], offset)
+            else:
+                yield from _pair(reader, texts, offset, number)
             continue
-        first = first or missing_field(reader.file, text_field, row, ready)
-        reader.bad(_without_text(text, text_field), "field", number)
+        field = field or fields[0]
+        first = first or missing_field(reader.file, field, row, ready)
+        reader.bad(_without_text(row.get(field), field), "field", number)
         lacking += 1
         if lacking == _ROWS_TO_FIND_A_FIELD_IN and not report.good + report.empty and reader.start == 0:
             raise ValueError(first)
     whole = reader.start == 0 and (reader.end is None or reader.end >= reader.file.bytes)
     if lacking and whole and lacking == report.bad and not report.good + report.empty:
         raise ValueError(first)
+
+
+def _pair(reader: LineReader, texts: list[str], offset: int, number: int) -> Iterator[Document]:
+    """Both sides as one text; a pair without one of them is empty."""
+    if any(SEPARATOR in text for text in texts):
+        reader.bad("a side of the pair holds U+001F, which parts the sides", "field", number)
+    elif all(text and not text.isspace() for text in texts):
+        yield from reader.document(SEPARATOR.join(texts), offset)
+    else:
+        reader.report.empty += 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and _is_encodable(value)
 
 
 def missing_field(file: SourceFile, text_field: str, names: Iterable[str], ready: ReadyIds | None = None) -> str:
@@ -106,19 +127,19 @@ _Row = tuple[int, int, dict[str, Any] | _Problem]
 """(offset, number of the line within the range, row)."""
 
 
-def _json_rows(reader: LineReader, text_field: str) -> Iterator[_Row]:
-    name = re.compile(re.escape(json.dumps(text_field, ensure_ascii=False).encode()) + rb"\s*:")
+def _json_rows(reader: LineReader, fields: tuple[str, ...]) -> Iterator[_Row]:
+    names = [re.compile(re.escape(json.dumps(name, ensure_ascii=False).encode()) + rb"\s*:") for name in fields]
     for offset, line in reader.lines():
         if not reader.in_range(offset):
             break
         if not line.strip():
             continue
-        row = _json_row(reader, line, name, text_field)
+        row = _json_row(reader, line, dict(zip(fields, names, strict=True)))
         del line
         yield offset, reader.line, row
 
 
-def _json_row(reader: LineReader, line: bytes, name: re.Pattern[bytes], text_field: str) -> dict[str, Any] | _Problem:
+def _json_row(reader: LineReader, line: bytes, fields: dict[str, re.Pattern[bytes]]) -> dict[str, Any] | _Problem:
     try:
         data: bytes | str = line
         if reader.codec != "utf-8":
@@ -134,8 +155,9 @@ def _json_row(reader: LineReader, line: bytes, name: re.Pattern[bytes], text_fie
         return _Problem("encoding", str(error))
     if not isinstance(row, dict):
         return _Problem("json", "not a JSON object")
-    if len(name.findall(line)) > 1 and _stands_twice(line, text_field):
-        return _Problem("json", f"`{text_field}` stands twice in the object")
+    for field, name in fields.items():
+        if len(name.findall(line)) > 1 and _stands_twice(line, field):
+            return _Problem("json", f"`{field}` stands twice in the object")
     return row
 
 
@@ -164,18 +186,19 @@ def _stands_twice(line: bytes, text_field: str) -> bool:
 # --- csv and tsv ----------------------------------------------------------------------------------------------------
 
 
-def _delimited_rows(reader: LineReader, text_field: str) -> Iterator[_Row]:
+def _delimited_rows(reader: LineReader, wanted: tuple[str, ...]) -> Iterator[_Row]:
     """Rows of csv (RFC 4180: quoted fields may hold newlines) and tsv (no quoting, as IANA registers it)."""
     header, fields = _header(reader.file)
     if header is None:
         deque(reader.lines(), maxlen=0)  # there is none, or damage before it, which is counted so
         return
-    if text_field not in fields:
-        raise ValueError(missing_field(reader.file, text_field, fields))
-    if fields.count(text_field) > 1:
-        raise ValueError(
-            f"data.text_field: `{text_field}` stands twice in the header of `{reader.file.name}`; rename one"
-        )
+    for name in wanted:
+        if name not in fields:
+            raise ValueError(missing_field(reader.file, name, fields))
+        if fields.count(name) > 1:
+            raise ValueError(
+                f"data.text_field: `{name}` stands twice in the header of `{reader.file.name}`; rename one"
+            )
     csv.field_size_limit(_LARGEST_FIELD)
     for offset, number, record in _records(reader):
         if not reader.in_range(offset):
