@@ -95,7 +95,7 @@ def test_errors_name_the_remedy(directories: dict[str, Path], text: Path, tmp_pa
         ({"model": tmp_path}, "config.json is missing"),
         ({"files": [str(tmp_path / "none.txt")]}, "none.txt"),
         ({"kind": "mlm"}, "cannot be loaded"),
-        ({"kind": "both"}, "use auto, causal or mlm"),
+        ({"kind": "both"}, "use auto, causal, mlm, seq2seq"),
         ({"context": 33}, "takes 1 to 32 tokens"),
         ({"precision": "int8"}, "int8"),
         ({"model": directories["bert"], "stride": 4}, "belongs to causal models"),

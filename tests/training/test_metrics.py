@@ -61,7 +61,6 @@ def test_an_evaluation_that_a_kill_left_unsaved_goes_and_is_made_again(tmp_path:
     assert path.read_text().splitlines() == lines
 
 
-
 def test_wandb_offline_keeps_the_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     required("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
