@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.models import attention, cpu_kernels, layers, loom_config, losses
+from pretrain.models import attention, cpu_kernels, loom_config, losses, mixers
 from pretrain.planning import activations
 from pretrain.planning import memory as planning
 from pretrain.planning.activations import Pass
@@ -108,7 +108,7 @@ def test_the_gpu_path_is_predicted_within_a_tenth(
 ) -> None:
     """The code that a GPU takes (no joined products, the fused kernel, plain rotary), run on the CPU."""
     monkeypatch.setattr(attention, "fits_cpu_attention", lambda *arguments: False)
-    monkeypatch.setattr(layers, "FUSED_ROWS", 10**9)
+    monkeypatch.setattr(mixers, "FUSED_ROWS", 10**9)
     monkeypatch.setattr(losses, "CACHE_ELEMENTS", 10**12)
 
     def plain_rotary(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_numbers_that_the_models_choose_by_are_the_same_here() -> None:
     assert activations.LARGEST_SQUARE == cpu_kernels.LARGEST_SQUARE
     assert activations.SHORTEST_FLOAT32_ROW == cpu_kernels.SHORTEST_FLOAT32_ROW
     assert activations.CAUSAL_BLOCK == cpu_kernels.CAUSAL_BLOCK
-    assert activations.FUSED_ROWS == layers.FUSED_ROWS
+    assert activations.FUSED_ROWS == mixers.FUSED_ROWS
     assert planning.STACK_ELEMENTS == optim._STACK_ELEMENTS
 
 
