@@ -87,7 +87,6 @@ ALBERT = Home(
         "sentence_pretraining": "AlbertForPreTraining",
         "base": "AlbertModel",
     },
-    config_type=AlbertConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

@@ -56,7 +56,6 @@ BERT = Home(
         "sentence_pretraining": "BertForPreTraining",
         "base": "BertModel",
     },
-    config_type=BertConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

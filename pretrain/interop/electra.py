@@ -74,7 +74,6 @@ ELECTRA = Home(
         "question_answering": "ElectraForQuestionAnswering",
         "base": "ElectraModel",
     },
-    config_type=ElectraConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

@@ -73,7 +73,6 @@ EUROBERT = Home(
         "token_classification": "EuroBertForTokenClassification",
         "base": "EuroBertModel",
     },
-    config_type=EuroBertConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

@@ -92,7 +92,6 @@ GPT2 = Home(
         "question_answering": "GPT2ForQuestionAnswering",
         "base": "GPT2Model",
     },
-    config_type=GPT2Config,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

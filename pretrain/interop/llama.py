@@ -34,7 +34,6 @@ LLAMA = Home(
         "question_answering": "LlamaForQuestionAnswering",
         "base": "LlamaModel",
     },
-    config_type=LlamaConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=decoder_rules,

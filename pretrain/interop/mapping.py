@@ -121,7 +121,6 @@ class Home:
     prefix: str  # of the stack's tensors inside a class with a head
     position_kind: str  # the only one it has
     classes: Mapping[Task, str]  # stock class names
-    config_type: type[PreTrainedConfig]
     to_config: Callable[[Any], PreTrainedConfig]
     from_config: Callable[[Any], LoomConfig]
     rules: Callable[[Any, Task, str], list[Rule]]  # (Loom config, task, stock prefix)

@@ -142,7 +142,6 @@ MARIAN = Home(
     prefix="model.",
     position_kind="sinusoidal",
     classes={"pretraining": "MarianMTModel", "base": "MarianModel"},
-    config_type=MarianConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

@@ -60,7 +60,6 @@ MODERNBERT = Home(
         "question_answering": "ModernBertForQuestionAnswering",
         "base": "ModernBertModel",
     },
-    config_type=ModernBertConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

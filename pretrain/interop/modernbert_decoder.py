@@ -72,7 +72,6 @@ MODERNBERT_DECODER = Home(
         "classification": "ModernBertDecoderForSequenceClassification",
         "base": "ModernBertDecoderModel",
     },
-    config_type=ModernBertDecoderConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

@@ -36,7 +36,6 @@ QWEN3 = Home(
         "question_answering": "Qwen3ForQuestionAnswering",
         "base": "Qwen3Model",
     },
-    config_type=Qwen3Config,
     to_config=_to_config,
     from_config=_from_config,
     rules=decoder_rules,

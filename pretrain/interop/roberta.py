@@ -66,7 +66,6 @@ ROBERTA = Home(
         "question_answering": "RobertaForQuestionAnswering",
         "base": "RobertaModel",
     },
-    config_type=RobertaConfig,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,

@@ -137,7 +137,6 @@ T5 = Home(
     prefix="",
     position_kind="relative",
     classes={"pretraining": "T5ForConditionalGeneration", "base": "T5Model"},
-    config_type=T5Config,
     to_config=_to_config,
     from_config=_from_config,
     rules=_rules,
