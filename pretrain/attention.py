@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
+from pretrain.data.looking.spelling import Spelling
 from pretrain.evaluation.loading import LoadedModel, load_model
 from pretrain.files import replace_file
 from pretrain.pages.attention import Floats, Stack, attention_page
@@ -139,5 +141,9 @@ def rollout(maps: Floats) -> Floats:
 
 
 def _spell(model: LoadedModel, ids: Tensor) -> list[str]:
-    """Each token as the tokenizer writes it."""
-    return [str(token) for token in model.tokenizer.convert_ids_to_tokens(ids[0].tolist())]
+    """The text of each token; as the vocabulary writes it where the tokenizer has no fast form."""
+    tokenizer: Any = model.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids[0].tolist())]
+    return Spelling.of(backend, len(tokenizer), tokenizer.all_special_ids).spell(ids[0].tolist())

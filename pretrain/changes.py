@@ -70,6 +70,7 @@ def _rules() -> dict[str, Rule]:
         ("data", "max_documents_per_row", "train", "refused", "the rows are packed by it"),
         ("data", "executor workers verify", None, "safe", "it steers the work, not what comes out"),
         ("model", "architecture from class grow", "tokenizer", "refused", "the weights are of that model"),
+        ("model", "optimizer_state", "train", "refused", "the first step was made with it, or without"),
         ("model", _SHAPE, "train", "refused", "the weights have this shape"),
         ("model", _MEANING, "train", "refused", "the weights have learned with it"),
         ("model", "initializer initializer_range", "train", "refused", "the first weights were drawn with it"),

@@ -337,10 +337,12 @@ def evaluate(
     model: ModelName,
     data: Annotated[list[str], typer.Argument(metavar="TEXT...", help="files, globs, directories, python-stdlib")],
     kind: Annotated[str, typer.Option(help="auto, causal or mlm")] = "auto",
-    text_field: Annotated[str, typer.Option(help="the field of jsonl, csv and parquet with the text")] = "text",
+    text_field: Annotated[str, typer.Option(help="the field with the text; INPUT,REFERENCE of pairs")] = "text",
     document: Annotated[str, typer.Option(help="auto, row, file, line or paragraph")] = "auto",
     context: Annotated[int | None, typer.Option(help="tokens; default: the model's, at most 1024")] = None,
     stride: Annotated[int | None, typer.Option(help="causal: sliding context, new tokens a window")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="encoder-decoder: as of `pretrain generate`")] = None,
+    bleu_tokenizer: Annotated[str, typer.Option(help="encoder-decoder: auto, 13a, intl, zh, char or none")] = "auto",
     max_bytes: Annotated[int | None, typer.Option(help="use about this much text; default: all of it")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "fp32",
     pseudo_perplexity: Annotated[int, typer.Option(help="masked: over this many sentences; 0 for none")] = 100,
@@ -349,17 +351,19 @@ def evaluate(
     trust_remote_code: TrustCode = False,
     output: Annotated[Path | None, typer.Option(help="write the scores as JSON here")] = None,
 ) -> None:
-    """Score any Hugging Face model on text: loss and bits per byte, or masked loss and accuracy."""
+    """Score any Hugging Face model on text: bits per byte, masked accuracy, or BLEU of outputs for pairs."""
     from pretrain.evaluate import evaluate_model, show_scores
 
     scores = evaluate_model(
         model,
         data,
         kind=kind,
-        text_field=text_field,
+        text_field=_fields(text_field),
         document=document,
         context=context,
         stride=stride,
+        num_beams=num_beams,
+        bleu_tokenizer=bleu_tokenizer,
         max_bytes=max_bytes,
         precision=precision,
         pseudo_perplexity=pseudo_perplexity,
@@ -370,6 +374,11 @@ def evaluate(
         console=_console(),
     )
     show_scores(scores, Console(soft_wrap=True))
+
+
+def _fields(text_field: str) -> str | tuple[str, str]:
+    source, comma, target = text_field.partition(",")
+    return (source, target) if comma else text_field
 
 
 @app.command()
@@ -458,11 +467,12 @@ def export(
     max_shard_bytes: Annotated[
         int, typer.Option(help="larger models are split over files of this size")
     ] = 5_000_000_000,
+    code: Annotated[bool, typer.Option("--code", help="our own form with its code, which holds any shape")] = False,
 ) -> None:
     """Write a model for publishing, and prove that stock transformers computes the same logits."""
     from pretrain.export import export_model
 
-    proof = export_model(checkpoint, out, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    proof = export_model(checkpoint, out, dtype=dtype, max_shard_bytes=max_shard_bytes, code=code)
     _console().print(proof.describe())
 
 

@@ -218,7 +218,9 @@ class LogConfig(Section):
 class ExportConfig(Section):
     """The published form."""
 
-    to: Literal["auto"] | StockHome = Field("auto", description="stock architecture, by its model_type")
+    to: Literal["auto", "code"] | StockHome = Field(
+        "auto", description="stock architecture, by its model_type; code: our own form with its code, for any shape"
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     max_shard_bytes: Positive = 5_000_000_000
 
@@ -281,7 +283,11 @@ class RunConfig(Section):
         given = [key for key in ("generator_size", "generator", "rtd_weight", "rtd_sharing") if getattr(model, key)]
         if given and objective.kind != "rtd" and not objective.is_own:
             raise ValueError(f"model.{given[0]} belongs to objective.kind: rtd and has no effect with {objective.kind}")
+        if objective.kind == "rtd" and model.grow is not None:
+            raise ValueError("model.grow tiles one stack, and objective.kind: rtd trains two; grow from another model")
         needs = "objective.kind: rtd" if objective.kind == "rtd" else f"objective.sentences: {objective.sentences}"
+        if model.class_ == "stock" and self.export.to == "code":
+            raise ValueError("export.to: code is for our own classes; a model of class: stock is saved as it is")
         if model.class_ == "stock" and (objective.kind == "rtd" or objective.sentences != "none"):
             raise ValueError(f"{needs} trains heads that model.class: stock does not have; use class: loom")
 
@@ -421,6 +427,8 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     for section in ("train", "model", "evaluate", "optimizer"):
         plain[section] = {key: value for key, value in plain[section].items() if value is not None}
     plain["tokenizer"] = _only_effective(plain["tokenizer"], from_=config.tokenizer.from_)
+    if not config.model.optimizer_state:
+        plain["model"].pop("optimizer_state", None)
     plain["objective"] = config.objective.effective()
     if config.data.target_length is None:
         plain["data"].pop("target_length")

@@ -145,7 +145,9 @@ class DataConfig(Section):
     """The text and how it becomes rows of tokens."""
 
     train: tuple[Place | Source, ...] = Field(
-        (), description="files, globs, directories, URLs, hub:NAME[/CONFIG], or python-stdlib (the embedded corpus)"
+        (),
+        description="files, globs, directories, URLs, hub:NAME[/CONFIG], or an embedded corpus: python-stdlib, "
+        "torch-headers",
     )
     from_: Place | None = Field(
         None, alias="from", description="prepared shards to use instead: a run's data directory, or the URL of one"

@@ -33,6 +33,9 @@ HOME_KINDS: dict[str, Literal["encoder", "decoder", "seq2seq"]] = {
 
 AboveZero = Annotated[float, Field(gt=0.0)]
 
+_BESIDE_FROM = {"from_", "class_", "grow", "optimizer_state"}
+_OF_GENERATOR = {"generator_size", "generator", "rtd_weight", "rtd_sharing"}  # `from` may have none: this is a new one
+
 
 class RopeScaling(Section):
     """Rotary positions of global layers stretched over a longer context (linear, ntk, yarn)."""
@@ -79,6 +82,9 @@ class ModelConfig(Section):
         "loom", alias="class", description="of `from`: ours, or transformers' own, whatever its architecture"
     )
     grow: Grow | None = Field(None, description="start from a larger model that is tiled from `from`")
+    optimizer_state: StrictBool | None = Field(
+        None, description="start with the optimizer's moments beside `from`, the model of a run's checkpoint"
+    )
     hidden_size: Positive | None = None
     embedding_size: Positive | None = Field(None, description="of the tables, projected up to hidden_size (ALBERT)")
     num_hidden_layers: Positive | None = Field(None, description="of an encoder-decoder: the encoder's")
@@ -152,13 +158,18 @@ class ModelConfig(Section):
             raise ValueError("`class: stock` trains an existing model as transformers has it; name it with `from`")
         if self.grow is not None and (self.from_ is None or self.class_ == "stock"):
             raise ValueError("`grow` tiles a larger model of ours from `from`; name that, without `class: stock`")
-        if self.from_ is not None and (given := sorted(self.model_fields_set - {"from_", "class_", "grow"})):
+        if self.optimizer_state and (self.from_ is None or self.grow is not None):
+            raise ValueError(
+                "`optimizer_state` takes moments of the model that `from` names, weight by weight; name a checkpoint's "
+                "model there, without `grow`"
+            )
+        if self.from_ is not None and (given := sorted(self.model_fields_set - _BESIDE_FROM - _OF_GENERATOR)):
             raise ValueError(f"`from` takes a model as it is, so `{given[0]}` has no effect; remove one of them")
         return self
 
     def sizes(self) -> dict[str, Any]:
         """The keys that were given, for the model configuration."""
-        keys = self.model_dump(exclude={"architecture", "from_", "class_", "grow"}, exclude_none=True)
+        keys = self.model_dump(exclude={"architecture", *_BESIDE_FROM}, exclude_none=True)
         if "attention_pattern" in keys:
             keys["attention_pattern"] = list(keys["attention_pattern"])
         return keys

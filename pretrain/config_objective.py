@@ -85,6 +85,13 @@ class ObjectiveConfig(Section):
         return MODEL_KINDS.get(self.kind)
 
     @property
+    def task(self) -> str:
+        """What the class of the model that it trains is for."""
+        if self.kind == "rtd":
+            return "replaced_token_detection"
+        return "pretraining" if self.sentences == "none" else "sentence_pretraining"
+
+    @property
     def needs_marks(self) -> bool:
         """Whether the shards must say where words and sentences start."""
         return self.whole_words or self.sentences != "none"

@@ -24,13 +24,15 @@ from pretrain.config_data import DocumentStart
 from pretrain.data.batches import Batch, layout_of
 from pretrain.data.loader import DataPlane
 from pretrain.data.reading.documents import SourceFile, read_documents, resolve_sources
+from pretrain.data.reading.pairs import TextField, sides
 from pretrain.data.validation import ValidationPass
 from pretrain.evaluation.likelihood import evaluate_batches, perplexity, score_causal, score_masked
 from pretrain.evaluation.loading import LoadedModel, describe_model, describe_tokenizer, load_model
+from pretrain.evaluation.outputs import score_outputs
 from pretrain.evaluation.passes import DEFAULT_BATCH_TOKENS, Passes
 from pretrain.evaluation.passes import Progress as ProgressCallback
 from pretrain.files import replace_file
-from pretrain.model_dir import DTYPES, read_loom, read_stock
+from pretrain.model_dir import DTYPES, read_detector, read_loom, read_stock
 from pretrain.models import pick_backend
 from pretrain.runtime import describe_machine, resolve_precision
 from pretrain.stock_model import adapt
@@ -46,10 +48,12 @@ def evaluate_model(
     tokenizer: str | Path | None = None,
     kind: str = "auto",
     document: str | DocumentStart = "auto",
-    text_field: str = "text",
+    text_field: TextField = "text",
     context: int | None = None,
     stride: int | None = None,
     pseudo_perplexity: int = 100,
+    num_beams: int | None = None,
+    bleu_tokenizer: str = "auto",
     max_bytes: int | None = None,
     precision: str = "fp32",
     device: str | None = None,
@@ -59,11 +63,12 @@ def evaluate_model(
     console: Console | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Score a model directory (any Hugging Face one) on text, and say exactly what was scored and how.
+    """Score a model directory (any Hugging Face one) on text or pairs, and say exactly what was scored and how.
 
     Causal models: loss (nats a token), perplexity, bits per byte; every token of every document is scored once. The
     end of a document is not scored, its start is predicted from BOS. Masked language models: loss and accuracy at 15%
     masks that the text alone decides, and pseudo-perplexity over a sample of sentences (Salazar et al. 2020).
+    Encoder-decoders: BLEU and chrF of their outputs for the inputs of pairs, against the references.
 
     Args:
         model: a directory with config.json, safetensors and a tokenizer, or a Hub name.
@@ -71,10 +76,13 @@ def evaluate_model(
         tokenizer: where the tokenizer lies, when it is not in `model`.
         kind: "causal" or "mlm"; "auto" goes by the class in config.json.
         document: what one document is, as `data.document` of a run.
-        text_field: the field of jsonl, csv and parquet rows that holds the text.
+        text_field: the field of jsonl, csv and parquet rows that holds the text; two for an encoder-decoder, of the
+            inputs and of the references.
         context: positions of input a forward pass; default: what the model takes, at most 1,024.
         stride: causal: new tokens a window; default `context`, windows without overlap.
         pseudo_perplexity: mlm: sentences in the sample for it; 0 leaves it out.
+        num_beams: encoder-decoder: outputs that are kept on the way to the likeliest; default: as its directory says.
+        bleu_tokenizer: encoder-decoder: how BLEU finds words; "auto": "zh" for Chinese references, else "13a".
         max_bytes: stop after the document that reaches this many bytes of text.
         precision: "fp32", "bf16" (autocast; the weights stay fp32), "fp16" (CUDA), or "auto": bf16 where it is native.
         device: default CUDA where there is one.
@@ -91,20 +99,20 @@ def evaluate_model(
     sources = resolve_sources(list(files), key="TEXT")
     verify_model(Path(model))
     loaded = load_model(model, tokenizer=tokenizer, kind=kind, device=device, trust_remote_code=trust_remote_code)
-    if loaded.kind == "seq2seq":
-        raise ValueError(
-            f"`{model}` is an encoder-decoder, which predicts an output from an input: text alone does not say what "
-            "its input is; see its outputs with `pretrain generate`, its loss on pairs in the evaluation of its run"
-        )
+    of_outputs = {"num_beams": num_beams, "bleu_tokenizer": None if bleu_tokenizer == "auto" else bleu_tokenizer}
+    of_text = {"context": context, "stride": stride}
+    _check_options(loaded, text_field, of_text if loaded.kind == "seq2seq" else of_outputs)
     window = _window(loaded, context)
-    if stride is not None and loaded.kind == "mlm":
-        raise ValueError(f"stride: {stride} belongs to causal models and has no effect on `{model}`; leave it out")
     arithmetic = resolve_precision(precision, loaded.device)
     texts = _texts(sources, document, text_field)
     with _progress_bar(console, progress) as callback:
         passes = Passes(loaded.device, None if arithmetic == "fp32" else DTYPES[arithmetic], batch_tokens, callback)
         ours: dict[str, Any] = {"window": window, "max_bytes": max_bytes}
-        if loaded.kind == "causal":
+        if loaded.kind == "seq2seq":
+            pairs = (sides(text) for text in texts)
+            chosen: dict[str, Any] = {"num_beams": num_beams, "bleu_tokenizer": bleu_tokenizer}
+            scores = score_outputs(loaded, pairs, passes, max_bytes=max_bytes, **chosen)
+        elif loaded.kind == "causal":
             scores = score_causal(loaded.model, loaded.tokenizer, texts, passes, stride=stride, **ours)
         else:
             scores = score_masked(loaded.model, loaded.tokenizer, texts, passes, sentences=pseudo_perplexity, **ours)
@@ -172,7 +180,7 @@ def _run_model(config: RunConfig, directory: Path, device: torch.device) -> Any:
         stock.to(device)
         adapt(stock, kind, config.data.sequence_length)
         return stock
-    model: Any = read_loom(directory)
+    model: Any = read_detector(directory) if config.objective.kind == "rtd" else read_loom(directory)
     model.set_attn_implementation(pick_backend(model.config, device)[0])
     return model.to(device)
 
@@ -215,10 +223,28 @@ def _progress_bar(
         yield show
 
 
-def _texts(sources: Sequence[SourceFile], document: str | DocumentStart, text_field: str) -> Iterator[str]:
+def _texts(sources: Sequence[SourceFile], document: str | DocumentStart, text_field: TextField) -> Iterator[str]:
     for source in sources:
         for entry in read_documents(source, document=document, text_field=text_field):
             yield entry.text
+
+
+def _check_options(loaded: LoadedModel, text_field: TextField, refused: Mapping[str, object]) -> None:
+    """Fields and options that do not belong to this kind of model."""
+    if loaded.kind == "seq2seq" and isinstance(text_field, str):
+        raise ValueError(
+            f"`{loaded.source}` is an encoder-decoder, which predicts an output from an input: give a table of pairs "
+            "and name the columns of both, --text-field INPUT,REFERENCE"
+        )
+    if loaded.kind != "seq2seq" and not isinstance(text_field, str):
+        raise ValueError(
+            f"text_field: {','.join(text_field)} names the two sides of pairs, which encoder-decoders are scored on; "
+            f"`{loaded.source}` takes one"
+        )
+    for name, value in refused.items():
+        if value is not None:
+            whose = {"stride": "causal models", "context": "models of one text"}.get(name, "encoder-decoders")
+            raise ValueError(f"{name}: {value} belongs to {whose} and has no effect on `{loaded.source}`; leave it out")
 
 
 def _window(loaded: LoadedModel, context: int | None) -> int:
@@ -234,6 +260,8 @@ _LABELS = {
     "loss": ("loss", "{:.4f} nats a target"),
     "perplexity": ("perplexity", "{:,.2f}"),
     "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "bleu": ("BLEU", "{:.2f}"),
+    "chrf": ("chrF", "{:.2f}"),
     "accuracy": ("accuracy at 15% masks", "{:.4f}"),
     "pseudo_perplexity": ("pseudo-perplexity", "{:,.2f}"),
     "tokens": ("tokens", "{:,}"),
@@ -250,10 +278,13 @@ def show_scores(scores: Mapping[str, Any], console: Console) -> None:
             table.add_row(label, form.format(scores[key]))
         if key == "pseudo_perplexity" and (sample := scores.get("pseudo_perplexity_sample")):
             table.add_row("  over", f"{sample['sentences']:,} of {sample['of_lines']:,} lines")
-    context = scores["context"]
-    overlap = f", stride {context['stride']:,}" if "stride" in context else ""
-    table.add_row("context", f"{context['window']:,} tokens{overlap}")
+        if signature := scores.get(f"{key}_signature"):
+            table.add_row("  as", signature)
+    if context := scores.get("context"):
+        overlap = f", stride {context['stride']:,}" if "stride" in context else ""
+        table.add_row("context", f"{context['window']:,} tokens{overlap}")
     text = scores["text"]
-    table.add_row("text", f"{text['documents']:,} documents, sha256 {text['sha256'][:12]}")
+    units = "pairs" if "bleu" in scores else "documents"
+    table.add_row("text", f"{text['documents']:,} {units}, sha256 {text['sha256'][:12]}")
     table.add_row("precision", scores["precision"])
     console.print(table)

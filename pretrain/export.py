@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pretrain.files import ArtifactError, commit_directory, write_safetensors
+from pretrain.interop import NoStockHome, stock_config
 from pretrain.model_dir import (
     DTYPES,
+    GENERATOR,
     copy_tokenizer,
     is_held,
     read_config,
@@ -25,7 +27,7 @@ from pretrain.model_dir import (
     stored_task,
     write_model,
 )
-from pretrain.models import LoomPreTrainedModel, register_hub_code
+from pretrain.models import LoomConfig, LoomPreTrainedModel, register_hub_code, task_of
 from pretrain.training import checkpoint
 from pretrain.training.state import tensor_bytes
 from pretrain.training.stored import stored_model
@@ -74,21 +76,26 @@ def export_model(
     *,
     dtype: str = "fp32",
     max_shard_bytes: int = 5_000_000_000,
+    code: bool = False,
     replace: bool = False,
     proof_file: Path | None = None,
 ) -> Proof:
     """Write the model of a run, checkpoint or model directory for publishing, then read it back and compare logits.
+
+    Of a detector of replaced tokens that is the discriminator, and in the folder `generator` its generator.
 
     Args:
         source: a run directory (its latest checkpoint), a checkpoint, or a model directory.
         out: the directory to make.
         dtype: fp32, bf16 or fp16.
         max_shard_bytes: larger models are split over several files.
+        code: write our own form with its code, which holds any shape; the form too of a model that came with its code
+            and has no stock architecture.
         replace: whether `out` may exist.
         proof_file: where token ids and the live model's logits are kept, for a comparison in another process.
 
     Raises:
-        ValueError: when the dtype is unknown.
+        ValueError: when the dtype is unknown, or no stock architecture holds the model; names the keys in the way.
         ArtifactError: when `source` holds no model, or an altered checkpoint's, `out` exists, or the logits differ;
             then nothing is published.
     """
@@ -96,15 +103,24 @@ def export_model(
         raise ValueError(f"dtype: {dtype} is unknown; use one of {', '.join(DTYPES)}")
     directory = model_directory(Path(source))
     checkpoint.verify_model(directory)
-    model: PreTrainedModel = _read(directory) if is_held(directory) else read_stock(directory)
-    as_written(model, DTYPES[dtype])
+    models: dict[str, PreTrainedModel] = _published(directory)
+    proofs: list[Proof] = []
     with commit_directory(Path(out), replace=replace) as temporary:
-        write_model(
-            model, temporary, tokenizer_directory=directory, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes
-        )
-        stock = read_stock(temporary, task=stored_task(read_config(temporary)))
-        proof = _prove(model, stock, Path(out), proof_file)
-    return proof
+        for name, model in models.items():
+            as_written(model, DTYPES[dtype])
+            place = temporary / name
+            place.mkdir(exist_ok=True)
+            write_model(
+                model,
+                place,
+                tokenizer_directory=directory,
+                dtype=DTYPES[dtype],
+                max_shard_bytes=max_shard_bytes,
+                code=_with_code(model, directory, code),
+            )
+            stock = read_stock(place, task=stored_task(read_config(place)))
+            proofs.append(_prove(model, stock, Path(out) / name, None if name else proof_file))
+    return proofs[0]
 
 
 def import_model(source: Path, out: Path) -> Proof:
@@ -114,14 +130,48 @@ def import_model(source: Path, out: Path) -> Proof:
         ValueError: when the architecture is not one that we hold.
         ArtifactError: when `source` holds no model, `out` exists, or the logits differ.
     """
-    model = _read(source)
-    register_hub_code(model)
-    stock = read_stock(source, task=stored_task(read_config(source)))
+    proofs: list[Proof] = []
     with commit_directory(Path(out)) as temporary:
-        model.save_pretrained(temporary)
-        copy_tokenizer(source, temporary)
-        proof = _prove(stock, model, Path(out), None)
-    return proof
+        for name in ("", GENERATOR) if _has_generator(source) else ("",):
+            own = source / name
+            model, stock = _read(own), read_stock(own, task=stored_task(read_config(own)))
+            register_hub_code(model)
+            model.save_pretrained(temporary / name)
+            copy_tokenizer(source, temporary / name)
+            proofs.append(_prove(stock, model, Path(out) / name, None))
+    return proofs[0]
+
+
+def _published(source: Path) -> dict[str, PreTrainedModel]:
+    """The models of a directory by the folder of the export that each is written to; the first one has none."""
+    if not is_held(source):
+        return {"": read_stock(source)}
+    model: Any = _read(source)
+    if getattr(model, GENERATOR, None) is not None:
+        return dict(zip(("", GENERATOR), model.published_parts(), strict=True))
+    return {"": model} | ({GENERATOR: _read(source / GENERATOR)} if _has_generator(source) else {})
+
+
+def _with_code(model: PreTrainedModel, source: Path, asked: bool) -> bool:
+    """Whether a model is written in our own form."""
+    if not isinstance(model.config, LoomConfig):
+        if asked:
+            raise ValueError(f"--code: `{source}` is a stock model, which needs no code of ours; leave it out")
+        return False
+    if asked:
+        return True
+    try:
+        stock_config(model.config, task_of(model) or "pretraining")
+    except NoStockHome as refusal:
+        if getattr(read_config(source), "auto_map", None) is None:
+            raise NoStockHome(f"{refusal}: --code", refusal.keys) from None
+        return True
+    return False
+
+
+def _has_generator(source: Path) -> bool:
+    """Whether it is a published detector of replaced tokens with its generator beside it."""
+    return (source / GENERATOR / "config.json").is_file()
 
 
 def _read(source: Path) -> LoomPreTrainedModel:

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from pretrain.evaluation.loading import LoadedModel, load_model
+from pretrain.evaluation.outputs import DEFAULT_NEW_TOKENS, generation_config, input_ids, output_room
 from pretrain.model_dir import DTYPES
 from pretrain.runtime import resolve_precision
 
-_DEFAULT_NEW_TOKENS = 100
 _DEFAULT_TEMPERATURE = 0.8  # of a causal model; an encoder-decoder writes the likeliest output
-_OF_BEAMS = ("length_penalty", "early_stopping")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -72,9 +70,9 @@ def generate_text(
     if model.kind == "mlm":
         raise ValueError(f"`{model.source}` is a masked language model; fill its masks with `pretrain fill`")
     answers = model.kind == "seq2seq"
-    ids = _input_ids(model, prompt) if answers else _prompt_ids(model, prompt)
-    room = _output_room(model, len(ids), max_new_tokens) if answers else _room(model, len(ids), max_new_tokens)
-    options = _generation_config(model, room, _choice(model, temperature, top_k, top_p, num_beams))
+    ids = input_ids(model, prompt) if answers else _prompt_ids(model, prompt)
+    room = output_room(model, len(ids), max_new_tokens) if answers else _room(model, len(ids), max_new_tokens)
+    options = generation_config(model, room, _choice(model, temperature, top_k, top_p, num_beams))
     streamer = _Pieces(model.tokenizer, on_text) if on_text is not None and options.num_beams == 1 else None
     inputs = torch.tensor([ids], device=model.device)  # (1, prompt tokens)
     dtype = DTYPES[resolve_precision(precision, model.device)]
@@ -131,29 +129,6 @@ def _prompt_ids(model: LoadedModel, prompt: str) -> list[int]:
     return ids
 
 
-def _input_ids(model: LoadedModel, text: str) -> list[int]:
-    """As the tokenizer frames a text; where it adds nothing, EOS at the end, as in training."""
-    plain = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    framed = list(model.tokenizer(text, verbose=False)["input_ids"])
-    if not plain:
-        raise ValueError("the input is empty; give the text that the encoder reads")
-    eos = model.tokenizer.eos_token_id
-    return [*framed, eos] if framed == plain and eos is not None and plain[-1] != eos else framed
-
-
-def _output_room(model: LoadedModel, input_tokens: int, max_new_tokens: int | None) -> int:
-    longest = model.max_positions
-    if longest is not None and max(input_tokens, max_new_tokens or 1) > longest:
-        what = (
-            f"an input of {input_tokens} tokens does" if input_tokens > longest else f"{max_new_tokens} new tokens do"
-        )
-        remedy = "give a shorter text" if input_tokens > longest else f"max_new_tokens may be {longest} at most"
-        raise ValueError(f"{what} not fit the {longest} positions of `{model.source}`; {remedy}")
-    if max_new_tokens is not None:
-        return max_new_tokens
-    return _DEFAULT_NEW_TOKENS if longest is None else min(_DEFAULT_NEW_TOKENS, longest)
-
-
 def _choice(
     model: LoadedModel, temperature: float | None, top_k: int | None, top_p: float | None, num_beams: int | None
 ) -> dict[str, Any]:
@@ -182,40 +157,7 @@ def _room(model: LoadedModel, prompt_tokens: int, max_new_tokens: int | None) ->
         )
     if max_new_tokens is not None:
         return max_new_tokens
-    return _DEFAULT_NEW_TOKENS if room is None else min(_DEFAULT_NEW_TOKENS, room)
-
-
-def _generation_config(model: LoadedModel, max_new_tokens: int, choice: dict[str, Any]) -> GenerationConfig:
-    """What ends and fills a row, beside the choice."""
-    own = getattr(model.model, "generation_config", None)
-    eos = getattr(own, "eos_token_id", None)
-    eos = eos if eos is not None else model.tokenizer.eos_token_id
-    pad = model.tokenizer.pad_token_id
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    options = choice | (_output_rules(model, own, choice["num_beams"]) if model.kind == "seq2seq" else {})
-    make: Any = GenerationConfig
-    config: GenerationConfig = make(
-        max_new_tokens=max_new_tokens,
-        bos_token_id=model.tokenizer.bos_token_id,
-        eos_token_id=eos,
-        pad_token_id=pad if pad is not None else first_eos,
-        **options,
-    )
-    return config
-
-
-def _output_rules(model: LoadedModel, own: Any, num_beams: int) -> dict[str, Any]:
-    """What the directory of an encoder-decoder says of its outputs: what they begin with, what must not stand there."""
-    start = getattr(own, "decoder_start_token_id", None)
-    start = start if start is not None else getattr(model.model.config, "decoder_start_token_id", None)
-    if start is None:
-        raise ValueError(
-            f"`{model.source}`: decoder_start_token_id is not set, so nothing says what an output begins with; set it "
-            "in config.json to the token it was trained with"
-        )
-    names = ["bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", *(_OF_BEAMS if num_beams > 1 else ())]
-    said = {name: getattr(own, name, None) for name in names}
-    return {"decoder_start_token_id": start} | {name: value for name, value in said.items() if value is not None}
+    return DEFAULT_NEW_TOKENS if room is None else min(DEFAULT_NEW_TOKENS, room)
 
 
 class _Pieces(BaseStreamer):

@@ -51,10 +51,9 @@ def extend_vocabulary(
         config = _changed(model.config, {"vocab_size": rows})
         grown = model_from_config(config)
         wanted = grown.state_dict()
-        state = {
-            name: _more_rows(tensor, made_of, rows) if wanted[name].shape != tensor.shape else tensor
-            for name, tensor in model.state_dict().items()
-        }
+        old = model.state_dict()
+        ours = vocabulary_tensors(model) | {name for name in old if wanted[name].shape != old[name].shape}
+        state = {name: more_rows(tensor, made_of, rows) if name in ours else tensor for name, tensor in old.items()}
         grown.load_state_dict(state)
         grown.tie_weights()
         return grown.eval()
@@ -66,12 +65,19 @@ def extend_vocabulary(
             if isinstance(tensor, Tensor) and tensor.shape[:1] == (rows,) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 with torch.no_grad():
-                    tensor.copy_(_more_rows(tensor[:before].clone(), made_of, rows))
+                    tensor.copy_(more_rows(tensor[:before].clone(), made_of, rows))
     return model
 
 
-def _more_rows(table: Tensor, made_of: Mapping[int, Sequence[int]], rows: int) -> Tensor:
-    """(V, ...) -> (rows, ...)."""
+def vocabulary_tensors(model: PreTrainedModel) -> set[str]:
+    """Names of the tensors that have a row for each id: the table of embeddings, the head's weight and bias."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = {id(tensor) for module in modules if module is not None for tensor in module.parameters(recurse=False)}
+    return {name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in own}
+
+
+def more_rows(table: Tensor, made_of: Mapping[int, Sequence[int]], rows: int) -> Tensor:
+    """(V, ...) -> (rows, ...), those of new ids the mean of the rows that they are made of."""
     grown = torch.cat((table, table.mean(dim=0, keepdim=True).expand(rows - table.shape[0], *table.shape[1:])))
     for new, parts in made_of.items():
         grown[new] = table[list(parts)].mean(dim=0)
@@ -98,12 +104,7 @@ def grow(model: LoomPreTrainedModel, sizes: Mapping[str, int]) -> LoomPreTrained
         ValueError: names the size that cannot grow so.
     """
     small = model.config
-    if small.kind == "seq2seq" or small.num_hidden_groups != small.num_hidden_layers:
-        raise ValueError("model.grow is for an encoder or a decoder whose layers have weights of their own")
-    large = _changed(small, _all_sizes(small, sizes))
-    for name in GROWABLE:
-        if (wanted := getattr(large, name)) < getattr(small, name):
-            raise ValueError(f"model.grow: {name} {wanted} is below {getattr(small, name)}; a model only grows")
+    large = grown_config(small, sizes)
     widths = _widths(small, large)
     grown = model_from_config(large)
     old = dict(model.state_dict())
@@ -122,6 +123,21 @@ def grow(model: LoomPreTrainedModel, sizes: Mapping[str, int]) -> LoomPreTrained
     grown.load_state_dict(state)
     grown.tie_weights()
     return grown.eval()
+
+
+def grown_config(small: LoomConfig, sizes: Mapping[str, int]) -> LoomConfig:
+    """The configuration of what `grow` makes.
+
+    Raises:
+        ValueError: names the size that cannot grow so.
+    """
+    if small.kind == "seq2seq" or small.num_hidden_groups != small.num_hidden_layers:
+        raise ValueError("model.grow is for an encoder or a decoder whose layers have weights of their own")
+    large = _changed(small, _all_sizes(small, sizes))
+    for name in GROWABLE:
+        if (wanted := getattr(large, name)) < getattr(small, name):
+            raise ValueError(f"model.grow: {name} {wanted} is below {getattr(small, name)}; a model only grows")
+    return large
 
 
 def _changed(config: LoomConfig, changes: Mapping[str, Any]) -> LoomConfig:

@@ -37,10 +37,15 @@ from pretrain.interop import (
     from_stock,
     from_stock_config,
     rules_from_stock,
-    rules_to_stock,
-    to_stock,
 )
-from pretrain.models import LoomConfig, LoomPreTrainedModel, model_class, model_from_config, task_of
+from pretrain.interop.published import code_files, joined_names, published_rules
+from pretrain.models import (
+    LoomConfig,
+    LoomPreTrainedModel,
+    join_parts,
+    model_class,
+    model_from_config,
+)
 from pretrain.training.state import late_bytes
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +54,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 _OWN_CODE = "it carries code of its own, which is not run here; give a model of a stock architecture"
 _INDEX = "model.safetensors.index.json"
 _LOOM_SPARE = (r"^pooler\.", r"^seq_relationship\.")  # what stands beside a language-model head for pairs of sentences
+_SENTENCE_HEAD = r"(^|\.)(pooler|seq_relationship|sop_classifier)\."
 _OF_TRAINING = (r"^generator\.", r"^embedding_delta\.")  # what a checkpoint holds beside a detector of replaced tokens
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,20 +71,6 @@ _TOKENIZER_FILES = (
 )
 
 
-def published_form(
-    model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None
-) -> tuple[Any, dict[str, Tensor]]:
-    """The stock configuration and state dict that hold this model; tied tensors stand once.
-
-    A model that is stock already is returned as it is. `weights` are all of its tensors, whole, by its own names; None
-    takes them from the model.
-    """
-    state = _own_state(model, weights)
-    if isinstance(model.config, LoomConfig):
-        return to_stock(model.config, state, task_of(model))
-    return model.config, dict(state)
-
-
 def _own_state(model: PreTrainedModel, weights: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
     """Whole tensors by the model's own names, tied ones once.
 
@@ -88,16 +80,6 @@ def _own_state(model: PreTrainedModel, weights: Mapping[str, Tensor] | None) -> 
     if weights:
         return weights
     return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-
-
-def published_rules(model: PreTrainedModel, names: Iterable[str]) -> tuple[Any, list[Rule]]:
-    """The stock configuration of this model, and how each published tensor is made of the model's own, of these names.
-
-    A model that is stock already stays as it is.
-    """
-    if isinstance(model.config, LoomConfig):
-        return rules_to_stock(model.config, names, task_of(model))
-    return model.config, [Rule(name, (name,)) for name in names]
 
 
 def _published(rule: Rule, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[Tensor, LateBytes]:
@@ -119,8 +101,9 @@ def write_model(
     tokenizer_directory: Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    code: bool = False,
 ) -> dict[str, str]:
-    """Write a complete Hugging Face directory: config, generation config, weights, tokenizer.
+    """Write a complete Hugging Face directory: config, generation config, weights, tokenizer, and code if asked for.
 
     Args:
         model: ours or stock.
@@ -129,12 +112,13 @@ def write_model(
         tokenizer_directory: its files are copied beside the weights.
         dtype: floating-point tensors are cast to this; None keeps them.
         max_shard_bytes: a larger model is split over several files with an index.
+        code: write our model in its own form with its code, whatever stock architecture would hold it.
 
     Returns:
         SHA-256 of every file, of the memory that was written.
     """
     state = _own_state(model, weights)
-    stock_config, rules = published_rules(model, state)
+    stock_config, rules = published_rules(model, state, code=code)
     published = {rule.stock: _published(rule, state, dtype) for rule in rules}
     stock_config.dtype = next(like.dtype for like, _ in published.values() if like.is_floating_point())
     digests = _write_configs(model, stock_config, directory)
@@ -165,6 +149,7 @@ def write_model_share(
     shares: Sequence[Collection[str]],
     number: int,
     tokenizer_directory: Path | None = None,
+    code: bool = False,
 ) -> dict[str, str]:
     """Write one of several shares of a model directory; the first one brings config, tokenizer and index too.
 
@@ -175,11 +160,12 @@ def write_model_share(
         shares: the names of each share; what `joined_names` gives together must be in one.
         number: of the own share, from 0.
         tokenizer_directory: its files are copied beside the weights.
+        code: as of `write_model`.
 
     Returns:
         SHA-256 of every file that was written, of the memory that was written.
     """
-    stock_config, rules = published_rules(model, weights)
+    stock_config, rules = published_rules(model, weights, code=code)
     home = {name: place for place, names in enumerate(shares) for name in names}
     published = {rule.stock: _published(rule, weights, None) for rule in rules}
     parts: list[list[str]] = [[] for _ in shares]
@@ -197,18 +183,11 @@ def write_model_share(
     return digests
 
 
-def joined_names(model: PreTrainedModel, names: Iterable[str]) -> list[list[str]]:
-    """The model's tensors by what the published form joins: those of one list must be written together."""
-    _, rules = published_rules(model, names)
-    home: dict[str, list[str]] = {}
-    for rule in rules:
-        together = list(dict.fromkeys(name for own in rule.loom for name in home.get(own, [own])))
-        home |= dict.fromkeys(together, together)
-    return list({id(together): together for together in home.values()}.values())
-
-
 def _write_configs(model: PreTrainedModel, stock_config: Any, directory: Path) -> dict[str, str]:
     digests = {"config.json": write_json(directory / "config.json", config_json(stock_config))}
+    if isinstance(stock_config, LoomConfig):
+        for file in code_files(stock_config):
+            digests[file.name] = write_bytes(directory / file.name, file.read_bytes())
     if model.can_generate():
         generation = GenerationConfig.from_model_config(stock_config)
         digests["generation_config.json"] = write_json(
@@ -241,8 +220,8 @@ def _write_index(directory: Path, shards: Sequence[Sequence[str]], sizes: Mappin
     return {_INDEX: write_json(directory / _INDEX, index)}
 
 
-def read_state(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a model directory's safetensors files, in the dtype that is stored.
+def read_state(directory: Path, patterns: Iterable[str] = ("",)) -> dict[str, Tensor]:
+    """Every tensor of a model directory's safetensors files with such a name, in the dtype that is stored.
 
     Raises:
         ArtifactError: when there are none.
@@ -251,7 +230,8 @@ def read_state(directory: Path) -> dict[str, Tensor]:
     for file in _weight_files(directory):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                state[name] = opened.get_tensor(name)
+                if any(re.search(pattern, name) for pattern in patterns):
+                    state[name] = opened.get_tensor(name)
     return state
 
 
@@ -301,7 +281,8 @@ def read_loom(
 
     Takes every family of `interop.HOMES` in every layout that transformers' own class reads (names without the prefix
     of the stack, LayerNorm.gamma, half precision, tied or not), and Loom's own directories. Tensors that take no part
-    in language modelling are left out: BERT's pooler and next-sentence head, GPT-2's mask buffers.
+    in language modelling are left out: BERT's pooler and next-sentence head, GPT-2's mask buffers. A detector of
+    replaced tokens comes with its generator where one lies in its files, as in a checkpoint.
 
     Args:
         source: a directory, or a Hub name (a directory of that name comes first). Weights come from safetensors alone.
@@ -324,16 +305,63 @@ def read_loom(
             table = "model.encoder.embed_tokens" if config.kind == "seq2seq" else "model.embed_tokens"
             raise ArtifactError(f"`{source}`: lm_head.weight differs from {table}.weight, to which it is tied")
         return loom
+    if config.model_type in HOMES and task not in HOMES[config.model_type].classes:
+        held = " or ".join(home.name for home in HOMES.values() if task in home.classes)
+        raise ValueError(
+            f"`{source}` is a {config.model_type} model, which has no class for {task.replace('_', ' ')}; give a model "
+            f"of {held} that was saved with its head, or choose another objective"
+        )
     from_stock_config(config, task)  # what cannot be held is refused before its weights are fetched
     home = HOMES[config.model_type]
-    if task not in home.classes:
-        raise ValueError(f"`{source}`: {home.name} has no class for {task}")
     stock = _pretrained(getattr(transformers, home.classes[task]), source, config, (*home.spare, *_OF_TRAINING), note)
-    converted, state = from_stock(stock.config, stock.state_dict())
+    tensors = stock.state_dict()
+    if task == PRETRAINING_TASKS[2] and Path(source).is_dir():
+        beside = read_state(Path(source), _OF_TRAINING)
+        tensors |= {name: tensor.float() for name, tensor in beside.items()}
+    converted, state = from_stock(stock.config, tensors)
     model = model_from_config(converted)
     load_state(model, state)
     nn.Module.eval(model)
     return model
+
+
+GENERATOR = "generator"
+"""The folder beside a published detector of replaced tokens that holds its generator."""
+
+
+def read_detector(
+    source: str | Path, *, note: Callable[[str], None] | None = None, keys: Mapping[str, Any] | None = None
+) -> LoomPreTrainedModel:
+    """Read a detector of replaced tokens with a generator, so that both can be trained: fp32, eval mode.
+
+    The generator is that of a checkpoint, or the masked language model in the folder `generator` of a published
+    discriminator, or, where there is neither, a new one, drawn from torch's generator.
+
+    Args:
+        source: as of `read_loom`.
+        note: told what was left out, and of a new generator.
+        keys: of the config: generator_size, generator and rtd_sharing of a new generator; rtd_weight.
+
+    Raises:
+        ArtifactError, ValueError: as `read_loom`; for keys of a new generator where there is one.
+    """
+    given = dict(keys or {})
+    weight = {name: given.pop(name) for name in ("rtd_weight",) if name in given}
+    found: Any = read_loom(source, note=note, task=PRETRAINING_TASKS[2])
+    beside = Path(source) / GENERATOR
+    is_beside = (beside / "config.json").is_file()
+    if given and (is_beside or found.generator is not None):
+        raise ValueError(
+            f"`{source}` has a generator, so `{min(given)}`, which shapes a new one, has no effect; remove it"
+        )
+    if found.generator is None:
+        if not is_beside and note is not None:
+            note(f"`{source}` has no generator, nor is one in `{beside}`: a new one begins")
+        generator: Any = read_loom(beside) if is_beside else None
+        found = join_parts(found, generator, **given)
+    found.config.rtd_weight = weight.get("rtd_weight", found.config.rtd_weight)
+    detector: LoomPreTrainedModel = found
+    return detector
 
 
 def is_held(source: str | Path) -> bool:
@@ -423,11 +451,18 @@ def _pretrained(
 def _refuse_gaps(model: PreTrainedModel, source: str | Path, report: Mapping[str, Any]) -> None:
     class_name = type(model).__name__
     missing = sorted(report["missing_keys"])
-    stack = f"{model.base_model_prefix}."
-    if head := [name for name in missing if not name.startswith(stack)]:
+    stack, beside = f"{model.base_model_prefix}.", Path(source) / GENERATOR
+    hint = f", or take its generator, `{beside}`" if (beside / "config.json").is_file() else ""
+    wanted = "language-model head"
+    if class_name.endswith(("ElectraForPreTraining", "ReplacedTokenDetection")):
+        wanted, hint = "head that detects replaced tokens", ", or choose another objective"
+    head = [name for name in missing if not name.startswith(stack)]
+    if head and all(re.search(_SENTENCE_HEAD, name) for name in head):
+        wanted, hint = "head for pairs of sentences", ", or choose objective.sentences: none"
+    if head:
         raise ArtifactError(
-            f"`{source}` ({', '.join(model.config.architectures or ['no class named'])}) has no language-model head: "
-            f"`{head[0]}` is missing; give a model that was saved with one, as {class_name} saves it"
+            f"`{source}` ({', '.join(model.config.architectures or ['no class named'])}) has no {wanted}: "
+            f"`{head[0]}` is missing; give a model that was saved with one, as {class_name} saves it{hint}"
         )
     if missing:
         raise ArtifactError(
@@ -458,18 +493,20 @@ def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
 
 
 class PublishedStore:
-    """The trainer's model store: every checkpoint holds the model as it is published."""
+    """The trainer's model store: every checkpoint holds the model as it is published, `code` in our own form."""
 
-    def __init__(self, tokenizer_directory: Path | None = None) -> None:
-        self.tokenizer_directory = tokenizer_directory
+    def __init__(self, tokenizer_directory: Path | None = None, *, code: bool = False) -> None:
+        self.tokenizer_directory, self.code = tokenizer_directory, code
 
     def write(self, model: PreTrainedModel, weights: Mapping[str, Tensor], directory: Path) -> dict[str, str]:
         """Write the model directory in full precision."""
-        return write_model(model, directory, weights=weights, tokenizer_directory=self.tokenizer_directory)
+        return write_model(
+            model, directory, weights=weights, tokenizer_directory=self.tokenizer_directory, code=self.code
+        )
 
     def together(self, model: PreTrainedModel, names: Iterable[str]) -> list[list[str]]:
         """The names of the model's tensors; those of one list are joined, so that one process must write them."""
-        return joined_names(model, names)
+        return joined_names(model, names, code=self.code)
 
     def write_share(
         self,
@@ -487,6 +524,7 @@ class PublishedStore:
             shares=shares,
             number=number,
             tokenizer_directory=self.tokenizer_directory,
+            code=self.code,
         )
 
     def read(self, model: PreTrainedModel, directory: Path) -> Mapping[str, Tensor]:
@@ -503,8 +541,9 @@ class PublishedStore:
                     "holds the full precision: put the whole one back"
                 )
         rules = [Rule(name, (name,)) for name in state]
-        if isinstance(model.config, LoomConfig):
-            _, rules = rules_from_stock(AutoConfig.from_pretrained(directory), state)
+        config = AutoConfig.from_pretrained(directory)
+        if isinstance(model.config, LoomConfig) and not isinstance(config, LoomConfig):
+            _, rules = rules_from_stock(config, state)
         weights = _StoredWeights(state, rules)
         for name, buffer in model.named_buffers():
             if name in weights:

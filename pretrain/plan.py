@@ -20,11 +20,13 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from pretrain.config import RunConfig
+from pretrain.data.batches import target_length_for
 from pretrain.data.loader import DataPlane
 from pretrain.files import read_manifest, write_bytes
+from pretrain.growing import grown_config
 from pretrain.interop import from_stock_config
 from pretrain.model_dir import read_config
-from pretrain.models import LoomConfig, loom_config, model_from_config
+from pretrain.models import DETECTION_KEYS, GENERATOR_SIZE, LoomConfig, loom_config, model_class
 from pretrain.planning.assumptions import Assumption, assumptions_for
 from pretrain.planning.choice import Margins, Option, best, evaluate, layouts, pass_of
 from pretrain.planning.facts import ModelFacts, model_facts
@@ -77,15 +79,29 @@ def planned_model_config(config: RunConfig) -> LoomConfig:
     Raises:
         ValueError: when the sizes do not fit each other, or `model.from` or `tokenizer.from` cannot be read.
     """
+    detects = config.objective.kind == "rtd"
     if config.model.from_ is not None:
         found: Any = read_config(config.model.from_)
-        return found if isinstance(found, LoomConfig) else from_stock_config(found)
+        held = found if isinstance(found, LoomConfig) else from_stock_config(found, config.objective.task)
+        if detects and getattr(held, "generator_size", None) is None:  # a new generator begins
+            given = {key: value for key, value in config.model.sizes().items() if key in DETECTION_KEYS}
+            held = _with_generator(held, {"generator_size": GENERATOR_SIZE} | given)
+        if config.model.grow is not None:
+            held = grown_config(held, config.model.grow.model_dump(exclude_none=True))
+        return held
     assert config.model.architecture is not None
     keys = config.model.sizes()
     length = config.data.sequence_length
     published = loom_config(config.model.architecture).max_position_embeddings
     keys.setdefault("max_position_embeddings", length if "hidden_size" in keys else max(published, length))
+    if detects:
+        keys.setdefault("generator_size", GENERATOR_SIZE)
     return loom_config(config.model.architecture, vocab_size=_vocabulary(config), pad_token_id=0, **keys)
+
+
+def _with_generator(config: LoomConfig, keys: dict[str, Any]) -> LoomConfig:
+    """The configuration of a discriminator, with a generator."""
+    return type(config).from_dict(config.to_dict() | keys)
 
 
 def _vocabulary(config: RunConfig) -> int:
@@ -108,8 +124,10 @@ def _vocabulary(config: RunConfig) -> int:
 
 def planned_facts(config: RunConfig) -> ModelFacts:
     """The facts of a run's model, built without memory on torch's meta device."""
+    planned = planned_model_config(config)
     with torch.device("meta"):
-        return model_facts(model_from_config(planned_model_config(config)))
+        model = model_class(planned, config.objective.task)(planned)
+    return model_facts(model, target_length=target_length_for(config))
 
 
 def make_plan(config: RunConfig, machine: Machine) -> Plan:
@@ -225,7 +243,7 @@ def _model_part(config: RunConfig, facts: ModelFacts) -> dict[str, Any]:
         "in_blocks": sum(facts.layer_sizes),
         "outside": facts.outside,
         "vocabulary": facts.vocab_size,
-        "layers": facts.num_hidden_layers,
+        "layers": sum(stack.num_hidden_layers for stack in facts.stacks),
         "hidden_size": facts.hidden_size,
         "sequence_length": config.data.sequence_length,
         "batch_tokens": config.train.batch_tokens,

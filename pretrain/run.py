@@ -12,12 +12,19 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from pretrain.changes import STAGES, ChangedConfigError, changed_keys, check_allowed, refuse_changed
 from pretrain.config import BUDGETS, RunConfig, ScheduleConfig, config_to_dict, dump_config
+from pretrain.continuing import gain_table, learnt_pieces
+from pretrain.data.batches import LoadedSplit
+from pretrain.data.loader import DataPlane
+from pretrain.data.objectives import evaluation_objective
 from pretrain.evaluate import evaluate_run
+from pretrain.evaluation.own_pieces import bits_per_byte_in_old_pieces
+from pretrain.evaluation.passes import Passes
 from pretrain.export import export_model
 from pretrain.files import (
     MANIFEST,
@@ -30,6 +37,8 @@ from pretrain.files import (
     write_json,
     write_manifest,
 )
+from pretrain.interop.published import CODE
+from pretrain.model_dir import read_stock
 from pretrain.prepare import check_data, is_prepared, prepare_data
 from pretrain.runtime import describe_machine, peak_memory_bytes
 from pretrain.tokenizer import is_trained, train_tokenizer
@@ -96,6 +105,8 @@ def run(
                 if code := _make(config, stage, allow_changes, console):
                     return code
     console.print(summary_table([directory]))
+    if config.model.from_ is not None and (table := _gain(directory)) is not None:
+        console.print(table)
     return 0
 
 
@@ -187,9 +198,28 @@ def _evaluate(config: RunConfig, console: Console) -> None:
     checkpoint = _final_checkpoint(config.directory)
     assert checkpoint is not None
     scores = evaluate_run(config, checkpoint / "model", console=console)
+    for split, score in _before(config).items():
+        scores[split]["bits_per_byte_before"] = score
     with commit_directory(config.directory / _FOLDERS["evaluate"], replace=True) as temporary:
         write_json(temporary / "scores.json", scores)
         _write_manifest(config, "evaluate", temporary, checkpoint)
+
+
+def _before(config: RunConfig) -> dict[str, float]:
+    """Bits per byte by validation set of the model that was gone on from, where the vocabulary was extended."""
+    made_of = learnt_pieces(config)
+    if config.model.from_ is None or config.objective.kind != "causal" or not made_of:
+        return {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = read_stock(config.model.from_, "decoder")
+    passes, window = Passes(device), config.data.sequence_length
+    found: dict[str, float] = {}
+    for name in DataPlane.validation_splits(config):
+        split = LoadedSplit.of(config, name, objective=evaluation_objective(config.objective))
+        score = bits_per_byte_in_old_pieces(model.to(device), split, made_of, passes, window=window)
+        if score is not None:
+            found[name] = score
+    return found
 
 
 def _export(config: RunConfig, console: Console) -> None:
@@ -201,6 +231,7 @@ def _export(config: RunConfig, console: Console) -> None:
         out,
         dtype=config.export.dtype,
         max_shard_bytes=config.export.max_shard_bytes,
+        code=config.export.to == CODE,
         replace=True,
         proof_file=config.directory / "report" / "logits.safetensors",
     )
@@ -232,10 +263,19 @@ def summary_table(directories: list[Path]) -> Table:
     return table
 
 
+def _gain(directory: Path) -> Table | None:
+    return gain_table(_read_result(directory) or {}, _read_scores(directory))
+
+
+def _read_scores(directory: Path) -> dict[str, Any]:
+    scores: dict[str, Any] = json.loads((directory / _FOLDERS["evaluate"] / "scores.json").read_text(encoding="utf-8"))
+    return scores
+
+
 def _summary(directory: Path) -> dict[str, str]:
     result = _read_result(directory)
     assert result is not None
-    scores = json.loads((directory / _FOLDERS["evaluate"] / "scores.json").read_text(encoding="utf-8"))
+    scores = _read_scores(directory)
     facts = {
         "tokens trained": f"{result['tokens']:,}",
         "training time": f"{result['seconds'] / 60:.1f} min",
@@ -286,7 +326,8 @@ def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
         resumed = again.train()
         if not resumed.finished or resumed.progress != first.progress:
             raise ArtifactError("the checkpoint of the first step did not read back as it was written")
-        proof = export_model(first.checkpoint, Path(folder) / "export", dtype=config.export.dtype)
+        code = config.export.to == CODE
+        proof = export_model(first.checkpoint, Path(folder) / "export", dtype=config.export.dtype, code=code)
         seconds = trainer.measure_step()
         device = trainer.device
         unknown = config.train.epochs is not None and not borrowed

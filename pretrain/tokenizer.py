@@ -1,18 +1,15 @@
 """The verb `tokenizer`: text, or an existing tokenizer, to a directory that `AutoTokenizer` loads.
 
-What lives here: which documents are read, when the artifact is stale, the manifest. What must not: algorithms.
-
-A tokenizer learns from training documents alone: those that `data.validation` holds out are passed over.
+What lives here: when the artifact is stale, the manifest. What must not: algorithms, or reading text.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,13 +24,11 @@ from pretrain.config_objective import CORRUPTED_SPAN, MODEL_KINDS
 from pretrain.config_types import redacted
 from pretrain.data.noise import most_spans
 from pretrain.data.preparing.shared import take_artifact
-from pretrain.data.preparing.splits import TRIAL_TAIL, Split, by_fraction, by_tail, by_tail_of_text
-from pretrain.data.reading.documents import Document, ReadReport, document_mode, read_documents, resolve_sources, units
-from pretrain.data.reading.encodings import what_it_is
-from pretrain.data.reading.pairs import TextField, check_pairs, sides
+from pretrain.data.preparing.splits import Split
+from pretrain.data.reading.documents import resolve_sources
+from pretrain.data.reading.pairs import TextField
 from pretrain.data.reading.remote import below, is_url
 from pretrain.data.reading.sources import (
-    TOKEN_FORMATS,
     SourceFile,
     digest_of_files,
     fetch_files,
@@ -41,7 +36,6 @@ from pretrain.data.reading.sources import (
     hash_files,
     state_of,
 )
-from pretrain.data.shards import TRAIN
 from pretrain.data.vocabulary import read_vocabulary, sentinel
 from pretrain.files import (
     ArtifactError,
@@ -66,8 +60,8 @@ from pretrain.tokenization import (
 )
 from pretrain.tokenization.extend import EXTENDED, extend_tokenizer
 from pretrain.tokenization.report import REPORT_BYTES
+from pretrain.tokenizer_text import first_bytes, split_of_file, text_files, training_documents
 
-_log = logging.getLogger(__name__)
 KIND = "tokenizer"
 _CONFIG_FILE = "tokenizer_config.json"
 _BORDERS = {  # what prepared rows put around text
@@ -115,7 +109,7 @@ def train_tokenizer(config: RunConfig, *, max_bytes: int | None = None, console:
             write_tokenizer(temporary, bare, model_max_length=_max_length(config))
             _manifest(config, temporary, None, max_bytes, console)
         return directory
-    files = _text_files(config)
+    files = text_files(config)
     fetch_files(files if max_bytes is None else first_files(files, max_bytes), console)
     with commit_directory(directory, replace=True) as temporary:
         report = make_tokenizer(
@@ -126,7 +120,7 @@ def train_tokenizer(config: RunConfig, *, max_bytes: int | None = None, console:
             model_max_length=_max_length(config),
             document=config.data.document,
             text_field=config.data.text_field,
-            split_of=lambda file: _split_of(config, file, max_bytes),
+            split_of=lambda file: split_of_file(config, file, max_bytes),
             max_bytes=max_bytes,
             console=console,
         )
@@ -160,10 +154,10 @@ def make_tokenizer(
     """
     started = time.perf_counter()
     with _progress(console or Console(stderr=True)) as progress:
-        documents = _read(files, document, text_field, split_of, max_bytes, progress)
+        documents = training_documents(files, document, text_field, split_of, max_bytes, progress)
         budget = tokenizer.max_bytes
         if tokenizer.algorithm == "bytes":  # nothing is learnt: some text, for the report
-            budget, documents = REPORT_BYTES, _first_bytes(documents, REPORT_BYTES)
+            budget, documents = REPORT_BYTES, first_bytes(documents, REPORT_BYTES)
         with draw_sample(documents, budget, tokenizer.seed, directory) as sample:
             task = progress.add_task(f"training {tokenizer.algorithm}", total=None)
             trained = fit_tokenizer(tokenizer, sample, architecture)
@@ -235,14 +229,14 @@ def _extend(
 ) -> None:
     """Teach the tokenizer in `directory` more pieces from the training text; `EXTENDED` says what they are made of."""
     assert wanted.extend is not None
-    files = _text_files(config)
+    files = text_files(config)
     fetch_files(files if max_bytes is None else first_files(files, max_bytes), console)
     with _progress(console) as progress:
-        documents = _read(
+        documents = training_documents(
             files,
             config.data.document,
             config.data.text_field,
-            lambda file: _split_of(config, file, max_bytes),
+            lambda file: split_of_file(config, file, max_bytes),
             max_bytes,
             progress,
         )
@@ -384,26 +378,6 @@ def _max_length(config: RunConfig) -> int:
     return config.model.max_position_embeddings or config.data.sequence_length
 
 
-def _text_files(config: RunConfig) -> list[SourceFile]:
-    """The files of text that are trained on, not downloaded yet.
-
-    Raises:
-        ValueError: when there are none, as of ready ids.
-    """
-    data = config.data
-    files = resolve_sources(data.train, encoding=data.encoding, download=False) if data.ids_field is None else []
-    files = [file for file in files if file.format not in TOKEN_FORMATS]
-    check_pairs(files, data.text_field)
-    if not files:
-        keys = {"data.from": data.from_, "data.ids_field": data.ids_field}
-        key = next((name for name, value in keys.items() if value is not None), "data.train")
-        raise ValueError(
-            f"tokenizer: {key} gives ready ids and no text to train one on; give tokenizer.from: the tokenizer that "
-            "they were made with, or `tokenizer: {algorithm: ids, vocab_size: N}` for ids that stand for no text"
-        )
-    return files
-
-
 def _sources(config: RunConfig, max_bytes: int | None = None) -> list[SourceFile]:
     """The files that the tokenizer is made from (the first `max_bytes`); Hub names have none."""
     tokenizer = _effective(config)
@@ -415,12 +389,12 @@ def _sources(config: RunConfig, max_bytes: int | None = None) -> list[SourceFile
         taken = [SourceFile(path.name, str(path), "txt", path.stat().st_size) for path in paths]
         if tokenizer.extend is None:
             return taken
-        files = _text_files(config)
+        files = text_files(config)
         files = files if max_bytes is None else first_files(files, max_bytes)
         return taken + [file for file in files if file.format != "hub"]
     if tokenizer.algorithm in ("bytes", "ids"):
         return []
-    files = _text_files(config)
+    files = text_files(config)
     files = files if max_bytes is None else first_files(files, max_bytes)
     return [file for file in files if file.format != "hub"]
 
@@ -453,90 +427,6 @@ def _manifest(
     files = {path.name: sha256_file(path) for path in sorted(directory.iterdir())}
     deciding, inputs = _deciding(config, max_bytes), _inputs(config, max_bytes, console)
     write_manifest(directory, kind=KIND, config=deciding, inputs=inputs, files=files, facts=facts)
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def _split_of(config: RunConfig, file: SourceFile, max_bytes: int | None) -> Split | None:
-    rule = config.data.validation
-    if not isinstance(rule, ValidationSplit):
-        return None
-    if max_bytes is not None:
-        return by_tail_of_text(TRIAL_TAIL) if isinstance(config.data.text_field, str) else by_fraction(TRIAL_TAIL)
-    if rule.fraction is not None:
-        return by_fraction(rule.fraction)
-    assert rule.tail is not None
-    if document_mode(file, config.data.document) == "file":
-        return by_tail_of_text(rule.tail)
-    return by_tail(rule.tail, units(file))
-
-
-def _read(
-    files: Sequence[SourceFile],
-    document: str | DocumentStart,
-    text_field: TextField,
-    split_of: Callable[[SourceFile], Split | None],
-    max_bytes: int | None,
-    progress: Progress,
-) -> Iterator[Document]:
-    """The training documents of all files, or of the first `max_bytes` of their text.
-
-    Raises:
-        ValueError: at the end, when there was no text because lines or rows were bad; names the first.
-    """
-    total = sum(file.bytes for file in files)
-    task = progress.add_task("reading", total=(total if max_bytes is None else min(total, max_bytes)) or None)
-    done = 0
-    found = False
-    reports: list[tuple[SourceFile, ReadReport]] = []  # of files with bad lines or rows
-    for file in files:
-        if max_bytes is not None and max_bytes <= 0:
-            return
-        report = ReadReport()
-        split = split_of(file)
-        documents = read_documents(file, document=document, text_field=text_field, report=report, max_bytes=max_bytes)
-        for read in documents:
-            found = True
-            if max_bytes is not None:
-                max_bytes -= len(read.text.encode(errors="replace"))
-            parts = [read] if split is None else [part for name, part in split(read) if name == TRAIN]
-            yield from parts if isinstance(text_field, str) else (side for pair in parts for side in _both_sides(pair))
-            if file.format not in ("hub", "parquet"):
-                progress.update(task, completed=done + report.consumed)
-        done += file.bytes
-        progress.update(task, completed=done)
-        if report.bad:
-            _log.warning("%s: %d bad lines or rows left out; the first: %s", file.name, report.bad, report.named[0])
-            reports.append((file, report))
-    if reports and not found:
-        raise ValueError(_all_bad(reports))
-
-
-def _both_sides(pair: Document) -> Iterator[Document]:
-    """Source and target of a pair as documents of their own: one vocabulary learns from both."""
-    for text in sides(pair.text):
-        yield Document(text, pair.file, pair.position)
-
-
-def _all_bad(reports: Sequence[tuple[SourceFile, ReadReport]]) -> str:
-    """The message for files that gave no text: their first bad lines or rows, and what the first such file may be."""
-    bad = sum(report.bad for _, report in reports)
-    named = "".join(f"\n  {name}" for name in [name for _, report in reports for name in report.named][:5])
-    undecodable = (file for file, report in reports if report.by_kind.get("encoding", 0) * 2 > report.bad)
-    guess = next((found for file in undecodable if (found := what_it_is(file)) is not None), None)
-    return (
-        f"data.train: there is no text in the files given: {bad:,} lines or rows are bad, and none is good; the first:"
-        f"{named}\n{guess or 'Mend the text, or name other files'}"
-    )
-
-
-def _first_bytes(documents: Iterable[Document], most: int) -> Iterator[Document]:
-    for read in documents:
-        yield read
-        most -= len(read.text.encode(errors="replace"))
-        if most <= 0:
-            return
 
 
 def _progress(console: Console | None) -> Progress:

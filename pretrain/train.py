@@ -18,23 +18,25 @@ from transformers import PreTrainedModel
 
 from pretrain.changes import changes_at_resume, check_allowed
 from pretrain.config import RunConfig
-from pretrain.data.batches import layout_of
+from pretrain.continuing import check_optimizer_state, learnt_pieces, optimizer_state_of
+from pretrain.data.batches import layout_of, target_length_for
 from pretrain.data.loader import DataPlane
-from pretrain.data.noise import target_length_of
-from pretrain.data.objectives import corrupted_span
 from pretrain.data.validation import ValidationData
 from pretrain.data.verification import verify_run
 from pretrain.evaluation.likelihood import evaluate_batches, share_of_batches
 from pretrain.files import lock_directory, read_manifest, update_file
 from pretrain.growing import extend_vocabulary, grow
-from pretrain.interop import stock_config
-from pretrain.model_dir import PublishedStore, read_loom, read_stock
+from pretrain.interop.published import CODE, check_published
+from pretrain.model_dir import PublishedStore, read_detector, read_loom, read_stock
 from pretrain.models import (
+    DETECTION_KEYS,
+    GENERATOR_SIZE,
     LoomConfig,
     flops_per_token,
     loom_config,
     model_class,
     pick_backend,
+    refuse_device,
     wants_dropout_keys,
 )
 from pretrain.planning.facts import model_facts
@@ -43,7 +45,6 @@ from pretrain.ranks import PATIENT_SECONDS
 from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, resolve_precision, set_seed
 from pretrain.stock_model import adapt
 from pretrain.stock_model import flops_per_token as stock_flops_per_token
-from pretrain.tokenization.extend import EXTENDED
 from pretrain.training import checkpoint
 from pretrain.training.engines.job import Job, open_job
 from pretrain.training.optim import build_optimizer as _build_optimizer
@@ -52,8 +53,6 @@ from pretrain.training.progress import Result
 from pretrain.training.stored import open_place
 from pretrain.training.trainer import EvaluationContext, EvaluationStopped, Evaluator, Trainer
 
-_GENERATOR_SIZE = 0.25  # of the discriminator, as ELECTRA-Small's; a quarter to a half did best (section 3.2)
-
 
 def check(config: RunConfig) -> None:
     """Refuse what cannot work before anything is made: the model's shape, and that a stock architecture holds it.
@@ -61,16 +60,12 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: names the key in the way.
     """
+    check_attention(config, "cuda" if torch.cuda.is_available() else "cpu")
+    if trained_with(config) is None:
+        check_optimizer_state(config)
     if config.model.architecture is not None:
         facts = {"vocab_size": config.tokenizer.vocab_size, "special_ids": {}}
-        _home(config, model_config(config, facts))
-
-
-def _home(config: RunConfig, model: Any) -> None:
-    """Refuse a model that no stock architecture holds, or another one than `export.to` asks for."""
-    home = stock_config(model, _task(config)).model_type
-    if config.export.to not in ("auto", home):
-        raise ValueError(f"export.to: {config.export.to} does not hold this model, {home} does; use auto")
+        check_published(model_config(config, facts), _task(config), config.export.to)
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
@@ -93,7 +88,12 @@ def build_model(config: RunConfig, *, console: Console | None = None) -> PreTrai
     if config.model.from_ is not None:
         model: PreTrainedModel
         note = console.print if console is not None else None
-        model = small = read_loom(config.model.from_, note=note, task=_task(config))
+        if config.objective.kind == "rtd":
+            set_seed(config.train.seed)  # of a new generator
+            keys = {key: config.model.sizes()[key] for key in DETECTION_KEYS if key in config.model.sizes()}
+            model = small = read_detector(config.model.from_, note=note, keys=keys)
+        else:
+            model = small = read_loom(config.model.from_, note=note, task=_task(config))
         if config.model.grow is not None:
             model = grow(small, config.model.grow.model_dump(exclude_none=True))
         model = _taught(config, model, tokenizer["vocab_size"])
@@ -104,8 +104,7 @@ def build_model(config: RunConfig, *, console: Console | None = None) -> PreTrai
         sized = model_config(config, tokenizer)
         model = model_class(sized, _task(config))(sized)
     _fits(config, model)
-    if config.train.attention != "auto":
-        model.set_attn_implementation(config.train.attention)
+    _attend(config, model)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     return model
@@ -113,9 +112,7 @@ def build_model(config: RunConfig, *, console: Console | None = None) -> PreTrai
 
 def _task(config: RunConfig) -> str:
     """What the model's class is for."""
-    if config.objective.kind == "rtd":
-        return "replaced_token_detection"
-    return "pretraining" if config.objective.sentences == "none" else "sentence_pretraining"
+    return config.objective.task
 
 
 def _covers(config: RunConfig, model: PreTrainedModel, vocab_size: int) -> None:
@@ -131,11 +128,8 @@ def _covers(config: RunConfig, model: PreTrainedModel, vocab_size: int) -> None:
 
 def _taught(config: RunConfig, model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
     """The model with embeddings for the pieces that its tokenizer has learnt from the new text, where it has."""
-    path = config.directory / "tokenizer" / EXTENDED
-    if not path.is_file():
-        return model
-    made_of = {int(new): parts for new, parts in json.loads(path.read_text(encoding="utf-8")).items()}
-    return extend_vocabulary(model, made_of, vocab_size)
+    made_of = learnt_pieces(config)
+    return extend_vocabulary(model, made_of, vocab_size) if made_of else model
 
 
 def _stock_model(config: RunConfig, vocab_size: int, console: Console | None) -> PreTrainedModel:
@@ -145,14 +139,42 @@ def _stock_model(config: RunConfig, vocab_size: int, console: Console | None) ->
     model = _taught(config, read_stock(config.model.from_, kind), vocab_size)
     _covers(config, model, vocab_size)
     _reaches(config, model)
-    if config.train.attention != "auto":
-        model.set_attn_implementation(config.train.attention)
+    _attend(config, model)
     way = adapt(model, kind, config.data.sequence_length)
     if console is not None:
         console.print(f"{type(model).__name__}: documents of a row are kept apart by {way.words}", highlight=False)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     return model
+
+
+def _attend(config: RunConfig, model: PreTrainedModel) -> None:
+    """Take the attention backend that is asked for by name."""
+    if config.train.attention != "auto":
+        try:
+            model.set_attn_implementation(config.train.attention)
+        except ValueError as error:
+            raise ValueError(f"train.attention: {error}") from error
+
+
+def check_attention(config: RunConfig, device: torch.device | str) -> None:
+    """Refuse an attention backend that the device or the model's class does not have, before a step is made.
+
+    Raises:
+        ValueError: names the key, its value and the remedy.
+    """
+    name = config.train.attention
+    if name == "auto":
+        return
+    if config.model.class_ == "stock" and name not in ("eager", "sdpa"):
+        raise ValueError(
+            f"train.attention: {name} is a backend of the project's own classes, and model.class is stock; take "
+            "eager, sdpa or auto, or leave model.class out"
+        )
+    try:
+        refuse_device(name, device)
+    except ValueError as error:
+        raise ValueError(f"train.attention: {error}") from error
 
 
 def _reaches(config: RunConfig, model: PreTrainedModel) -> None:
@@ -178,7 +200,7 @@ def _fits(config: RunConfig, model: PreTrainedModel) -> None:
             "(bert, electra, albert)"
         )
     # Every checkpoint is published in this form: refuse now what it cannot hold.
-    _home(config, model.config)
+    check_published(model.config, _task(config), config.export.to)
     wants = config.objective.model_kind or model.config.kind
     if wants != model.config.kind:
         raise ValueError(
@@ -202,7 +224,7 @@ def model_config(config: RunConfig, tokenizer: Mapping[str, Any]) -> Any:
     if config.kind == "seq2seq" and "pad_token_id" in ids:
         ids["decoder_start_token_id"] = ids["pad_token_id"]
     if config.objective.kind == "rtd":
-        keys.setdefault("generator_size", _GENERATOR_SIZE)
+        keys.setdefault("generator_size", GENERATOR_SIZE)
     return loom_config(config.model.architecture, vocab_size=tokenizer["vocab_size"], **ids, **keys)
 
 
@@ -260,13 +282,10 @@ def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
 
 def target_share(config: RunConfig) -> float:
     """Share of the positions that the head sees; of an encoder-decoder, the decoder's positions to the encoder's."""
-    objective, length = config.objective, config.data.sequence_length
+    objective = config.objective
     if objective.kind in ("mlm", "rtd"):
         return (objective.rate + (objective.final_rate or objective.rate)) / 2
-    if objective.kind == "span-corruption":
-        target_length = config.data.target_length or target_length_of(length, objective.rate, corrupted_span(objective))
-        return target_length / length
-    return (config.data.target_length or length) / length
+    return target_length_for(config) / config.data.sequence_length
 
 
 def _flops(config: RunConfig, model: PreTrainedModel) -> float:
@@ -290,8 +309,11 @@ def build_trainer(
     """A trainer for the run; parts that are not given are built from the configuration."""
     keep_freed_memory()
     job = job or open_job(config)
+    check_attention(config, job.device)
     model = model if model is not None else build_model(config, console=console)
     data = data if data is not None else build_data(config)
+    starts_anew = config.model.optimizer_state and trained_with(config) is None
+    at_start = optimizer_state_of(config, model) if starts_anew else None
     ours = model.config if isinstance(model.config, LoomConfig) else None
     data.dropout_keys = ours is not None and wants_dropout_keys(ours)
     optimizer = optimizer if optimizer is not None else build_optimizer(config, model)
@@ -305,14 +327,15 @@ def build_trainer(
         model=model,
         data=data,
         optimizer=optimizer,
-        store=PublishedStore(config.directory / "tokenizer"),
+        store=PublishedStore(config.directory / "tokenizer", code=config.export.to == CODE),
         evaluators=evaluators if evaluators is not None else build_evaluators(config),
         judges=DataPlane.validation_splits(config) if evaluators is None else None,
         flops_per_token=_flops(config, model),
-        model_facts=model_facts(model) if ours is not None else None,
+        model_facts=model_facts(model, target_length=target_length_for(config)) if ours is not None else None,
         inputs=inputs_of(config),
         console=console,
         job=job,
+        at_start=at_start,
     )
 
 
@@ -393,6 +416,7 @@ def report(result: Result, directory: Path, console: Console) -> int:
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "tokens_per_second": progress.text_tokens / max(progress.seconds, 1e-9),
+        "scores_at_start": progress.first_scores,
         "scores": progress.scores,
         "best": progress.best,
         "checkpoint": result.checkpoint.name,

@@ -39,7 +39,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from pretrain.config import ObjectiveConfig, RunConfig, config_from_dict, load_config
 from pretrain.data.loader import DataPlane
 from pretrain.data.packing import PackingSpec, plan_packing
-from pretrain.data.reading.sources import corpus_digest, stdlib_corpus
+from pretrain.data.reading.embedded import stdlib_corpus
+from pretrain.data.reading.sources import corpus_digest
 from pretrain.data.vocabulary import read_vocabulary
 from pretrain.files import write_json, write_manifest
 from pretrain.prepare import prepare_data

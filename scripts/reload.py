@@ -1,9 +1,9 @@
 """Load finished runs with plain transformers, in a process that never imports pretrain, and show what they can do.
 
-    python scripts/reload.py runs/quickstart-gpt runs/quickstart-bert
+    python scripts/reload.py runs/quickstart-gpt runs/quickstart-bert runs/quickstart-continue
 
 Compares the logits with those that the training code computed (`report/logits.safetensors`), prints sampled text or
-filled masks, and ends with a table.
+filled masks, and ends with a table. Of a model that went on from another one it says what was gained and forgotten.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, logging, set_seed
 
 PROMPTS = ("def read_file(path):\n", "import os\n\n\nclass")
+PROMPTS_OF_BOTH = ("template <typename T>\n", "def read_file(path):\n")  # of a model that went on from Python to C++
 MASKED = ("for i in [MASK](10):", "return [MASK]", "if x is not [MASK]:")
 TOLERANCE = 1e-5
 
@@ -41,9 +43,9 @@ def compare(model: torch.nn.Module, run: Path) -> float:
     return float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
 
 
-def show_text(model: torch.nn.Module, tokenizer: object, console: Console) -> None:
+def show_text(model: torch.nn.Module, tokenizer: object, prompts: tuple[str, ...], console: Console) -> None:
     """Sample a continuation of each prompt."""
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")
         set_seed(0)
         out = model.generate(
@@ -66,6 +68,11 @@ def show_masks(model: torch.nn.Module, tokenizer: object, console: Console) -> N
         console.print(f"{text}  ->  {words}", markup=False, highlight=False)
 
 
+def went_on(run: Path) -> bool:
+    """Whether the run began with a trained model."""
+    return "from" in yaml.safe_load((run / "train" / "config.yaml").read_text(encoding="utf-8"))["model"]
+
+
 def facts(run: Path, model: torch.nn.Module, difference: float) -> dict[str, str]:
     """What the table says of a run."""
     result = json.loads((run / "train" / "result.json").read_text())
@@ -80,6 +87,10 @@ def facts(run: Path, model: torch.nn.Module, difference: float) -> dict[str, str
             for name in ("loss", "accuracy", "bits_per_byte"):
                 if values.get(name) is not None:
                     rows[f"{split}: {name.replace('_', ' ')}"] = f"{values[name]:.4f}"
+            start = result.get("scores_at_start", {}).get(f"{split}/bits_per_byte")
+            before = values.get("bits_per_byte_before", start)  # of the model it went on from, in its own pieces
+            if went_on(run) and before is not None:
+                rows[f"{split}: gained (-), forgotten (+)"] = f"{values['bits_per_byte'] - before:+.4f}"
     rows["logits, stock class against ours"] = f"equal within {difference:.1e}"
     rows["model (AutoModel loads it)"] = str(run / "export")
     rows["tokenizer"] = str(run / "tokenizer")
@@ -99,7 +110,10 @@ def main(runs: list[str]) -> int:
         difference = compare(model, run)
         equal &= difference <= TOLERANCE
         console.rule(f"[bold]{run.name}, loaded by transformers alone")
-        (show_text if causal else show_masks)(model, tokenizer, console)
+        if causal:
+            show_text(model, tokenizer, PROMPTS_OF_BOTH if went_on(run) else PROMPTS, console)
+        else:
+            show_masks(model, tokenizer, console)
         columns[run.name] = facts(run, model, difference)
     table = Table(title="quickstart")
     table.add_column("")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn import functional
 
 from pretrain.attention import attention_of, rollout, write_attention
@@ -99,9 +100,9 @@ def _chunks(data: bytes) -> list[int]:
     return places
 
 
-@pytest.mark.parametrize(("architecture", "images"), [("bert", 7), ("transformer", 20)])
+@pytest.mark.parametrize(("architecture", "images"), [("bert", 7), ("transformer", 21)])
 def test_a_page_stands_alone(architecture: str, images: int, tmp_path: Path) -> None:
-    """Well-formed, no script, no address but its own images: one a head, and one of each rollout."""
+    """Well-formed, no script, no address but its own images: one a head, and one of each stack."""
     path = write_attention(loaded(architecture), TEXT, tmp_path / "page.html", target=None)
     text = path.read_text(encoding="utf-8")
     ElementTree.fromstring(text.replace("<!DOCTYPE html>", ""))
@@ -111,6 +112,27 @@ def test_a_page_stands_alone(architecture: str, images: int, tmp_path: Path) -> 
     found = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert len(found) == images
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in found)
+
+
+def test_tokens_are_read_as_text_and_never_as_tags(tmp_path: Path) -> None:
+    """Characters of several bytes are shown once, and what is no text by its name."""
+    vocabulary = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": 257, "max_position_embeddings": 64}
+    model = model_from_config(loom_config("gpt2", **sizes)).eval()
+    text = "猫 <script>alert(1)</script><end>"
+    bytewise = LoadedModel(model, tokenizer, "causal", "some/where", "some/where", torch.device("cpu"))
+    (stack,) = attention_of(bytewise, text)
+    assert list(stack.queries[:5]) == ["猫", "‥", "‥", " ", "<"]
+    assert stack.queries[-1] == "<end>"
+    written = write_attention(bytewise, text, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = ElementTree.fromstring(written.replace("<!DOCTYPE html>", ""))
+    assert not page.findall(".//script")
+    spans = ["".join(span.itertext()) for span in page.findall(".//div[@class='left']/span")]
+    assert spans[:5] == ["猫", "‥", "‥", "␣", "<"]
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def test_a_key_that_stands_twice_is_refused() -> None:
         ("tokenizer.lowercase=no", ["tokenizer.lowercase", "true or false"]),
         ("model.max_position_embeddings=128", ["256", "128"]),
         ("model.from=x model.hidden_size=3", ["from", "remove one"]),
+        ("model.optimizer_state=true", ["optimizer_state", "name a checkpoint's model"]),
+        ("model={from: x, grow: {hidden_size: 64}, optimizer_state: true}", ["optimizer_state", "without `grow`"]),
         ("export.to=bert", ["export.to", "bert", "gpt2"]),
         ("export.to=lama", ["export.to", "did you mean `llama`"]),
         ("checkpoint.every=0", ["checkpoint.every", "at least 1 step"]),
@@ -177,7 +179,7 @@ def test_model_keys_are_the_models_own() -> None:
     from pretrain.models import ARCHITECTURES, config_keys
 
     assert {name: design.kind for name, design in ARCHITECTURES.items()} == KINDS
-    keys = set(ModelConfig.model_fields) - {"architecture", "from_", "class_", "grow"}
+    keys = set(ModelConfig.model_fields) - {"architecture", "from_", "class_", "grow", "optimizer_state"}
     assert keys <= {key for architecture in KINDS for key in config_keys(architecture)}
 
 

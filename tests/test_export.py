@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
 
+from pretrain.evaluation.loading import load_model
 from pretrain.export import export_model, import_model
 from pretrain.files import ArtifactError, write_manifest
-from pretrain.model_dir import PublishedStore, read_loom, read_state, write_model
+from pretrain.model_dir import PublishedStore, read_detector, read_loom, read_state, write_model
 from pretrain.models import loom_config, model_class, model_from_config
 from pretrain.training.checkpoint import verify_model
 from pretrain.training.snapshots import share_out
@@ -126,6 +127,54 @@ def test_a_checkpoint_holds_a_detector_with_its_generator_and_an_export_the_dete
         assert torch.allclose(stock.eval()(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
     assert export_model(checkpoint, tmp_path / "out").difference <= 1e-5
     assert {name.split(".")[0] for name in read_state(tmp_path / "out")} == {"electra", "discriminator_predictions"}
+    made, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out" / "generator", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        expected = model.generator(input_ids=ids).logits
+        assert torch.allclose(made.eval()(input_ids=ids).logits, expected, atol=1e-5 * float(expected.abs().max()))
+
+    whole, beside = read_detector(checkpoint), read_detector(tmp_path / "out")  # to go on from either of them
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], tensor), name
+        assert torch.allclose(beside.state_dict()[name], tensor, rtol=0, atol=1e-6), name
+    assert whole.config.rtd_sharing == beside.config.rtd_sharing == sharing
+    with pytest.raises(ValueError, match="has a generator, so `generator`, which shapes a new one"):
+        read_detector(checkpoint, keys={"generator_size": 0.5, "generator": {}})
+    assert read_detector(tmp_path / "out", keys={"rtd_weight": 9.0}).config.rtd_weight == 9.0
+    if sharing != "gradient_disentangled":
+        return
+    export_model(tmp_path / "out", tmp_path / "again")  # both parts, bit for bit
+    assert import_model(tmp_path / "again", tmp_path / "loom").difference <= 1e-5
+    for folder in (".", "generator"):
+        first, second = (read_state(tmp_path / place / folder) for place in ("out", "again"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+        assert json.loads((tmp_path / "loom" / folder / "config.json").read_text())["model_type"] == "loom_encoder"
+
+
+def test_what_no_detector_can_go_on_from(tmp_path: Path) -> None:
+    config = loom_config("electra", vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    for name, model in (
+        ("alone", randomized(model_class(config, "replaced_token_detection")(config))),
+        ("tokens", drawn("electra")),
+        ("bert", drawn("bert")),
+    ):
+        (tmp_path / name).mkdir()
+        write_model(model, tmp_path / name)
+    told: list[str] = []
+    model: Any = read_detector(tmp_path / "alone", note=told.append, keys={"generator_size": 0.5})
+    assert model.generator.config.hidden_size == 16
+    assert "has no generator" in told[0]
+    with pytest.raises(ArtifactError, match=r"ElectraForMaskedLM\) has no head that detects replaced tokens"):
+        read_detector(tmp_path / "tokens")
+    with pytest.raises(ValueError, match=r"is a bert model, which has no class for .* give a model of electra"):
+        read_detector(tmp_path / "bert")
+    (tmp_path / "tokens").rename(tmp_path / "alone" / "generator")
+    with pytest.raises(ArtifactError, match=r"no language-model head: .* or take its generator, `.*generator`"):
+        read_loom(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"its language-model head: `.*generator`"):
+        load_model(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -98,6 +98,19 @@ def test_old_pieces_keep_their_logits(architecture: str, tied: bool) -> None:
     assert torch.equal(grown[62], table[5])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_pieces_take_rows_that_were_to_spare(tied: bool) -> None:
+    """A released model may have more embeddings than its tokenizer has ids: then the table does not grow."""
+    model = small("llama", vocab_size=128, tie_word_embeddings=tied).float()
+    before, table = logits(model), model.get_input_embeddings().weight.clone()
+    large = extend_vocabulary(model, {61: [7, 9], 62: [5]}, 63)
+    assert torch.equal(logits(large), before)
+    grown = large.get_input_embeddings().weight
+    assert torch.equal(grown[61], table[[7, 9]].mean(0))
+    assert torch.equal(grown[62], table[5])
+    assert torch.equal(grown[63:], table[63:])
+
+
 def test_a_stock_class_is_resized_in_place() -> None:
     config = transformers.DebertaV2Config(
         vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40

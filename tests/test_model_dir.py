@@ -216,6 +216,20 @@ def test_other_classes_of_pretraining_are_read_whole(name: str, config: Any, tas
             read_loom(tmp_path / "stock")
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("BertForMaskedLM", transformers.BertConfig(**SIZES)),
+        ("AlbertForMaskedLM", transformers.AlbertConfig(**SIZES, embedding_size=10)),
+    ],
+)
+def test_a_model_without_a_sentence_head_is_told_so(name: str, config: Any, tmp_path: Path) -> None:
+    saved(getattr(transformers, name)(config), tmp_path)
+    words = rf"\({name}\) has no head for pairs of sentences.*as \w+ForPreTraining.*objective\.sentences: none"
+    with pytest.raises(ArtifactError, match=words):
+        read_loom(tmp_path, task="sentence_pretraining")
+
+
 @pytest.mark.parametrize("architecture", [name for name, home in HOMES.items() if home.kind != "seq2seq"])
 def test_our_own_form_and_the_stock_form_read_alike(architecture: str, tmp_path: Path) -> None:
     more = {"albert": {"embedding_size": 10}, "qwen3": HEADS}.get(architecture, {})

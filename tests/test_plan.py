@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 from pretrain.cli import app
-from pretrain.config import RunConfig, load_config
+from pretrain.config import RunConfig, config_from_dict, config_to_dict, load_config
 from pretrain.data.loader import DataPlane
 from pretrain.plan import Machine, make_plan, planned_facts, planned_model_config
 from pretrain.planning.gpus import find_gpu
@@ -139,3 +140,16 @@ def test_bad_input_names_the_remedy(arguments: list[str], message: str) -> None:
     assert isinstance(done.exception, ValueError)
     with pytest.raises(ValueError, match=message):
         raise done.exception
+
+
+def test_a_grown_model_and_a_detector_are_those_that_the_run_builds(tmp_path: Path, prepared: RunConfig) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": planned_model_config(prepared).vocab_size}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 128}
+    transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "small")
+    electra = transformers.ElectraConfig(**sizes, embedding_size=8)
+    transformers.ElectraForPreTraining(electra).save_pretrained(tmp_path / "detector")
+    grown = {"from": str(tmp_path / "small"), "grow": {"num_hidden_layers": 4, "hidden_size": 32}}
+    plain = config_to_dict(prepared)
+    for model, objective in ((grown, {"kind": "mlm"}), ({"from": str(tmp_path / "detector")}, {"kind": "rtd"})):
+        config = config_from_dict(plain | {"model": model, "objective": objective})
+        assert planned_facts(config).size == sum(one.numel() for one in build_model(config).parameters())

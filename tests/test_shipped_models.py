@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from pretrain.config import RunConfig, load_config, shipped_directory
 from pretrain.interop import stock_config
 from pretrain.models import model_from_config
 from pretrain.train import model_config
 
-NAMES = sorted(path.stem for path in (shipped_directory() / "configs" / "runs").glob("*.yaml"))
+SHIPPED = sorted(path.stem for path in (shipped_directory() / "configs" / "runs").glob("*.yaml"))
+NAMES = [name for name in SHIPPED if load_config(name).model.from_ is None]
 
 # name -> (vocabulary, parameters), as published: bert-base-uncased and bert-base-chinese with the MLM head,
 # ModernBERT-base with the MLM head, gpt2. The Llama shape is GPT-3 Medium's depth and width, 24 x 1024, with untied
@@ -25,6 +26,9 @@ PUBLISHED = {
 }
 
 
+AUTO = {"encoder": AutoModelForMaskedLM, "decoder": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+
+
 def build(config: RunConfig, vocab_size: int) -> torch.nn.Module:
     with torch.device("meta"):
         return model_from_config(model_config(config, {"vocab_size": vocab_size, "special_ids": {}}))
@@ -36,9 +40,20 @@ def test_it_builds_and_counts_like_the_stock_class(name: str) -> None:
     vocab_size = PUBLISHED.get(name, (config.tokenizer.vocab_size, None))[0]
     model = build(config, vocab_size)
     stock = stock_config(model.config)
-    auto = AutoModelForCausalLM if config.kind == "decoder" else AutoModelForMaskedLM
     with torch.device("meta"):
-        assert model.num_parameters() == auto.from_config(stock).num_parameters()
-    assert stock.model_type == config.model.architecture
+        # Of a Marian the fixed positions are parameters that do not learn.
+        assert model.num_parameters() == AUTO[config.kind].from_config(stock).num_parameters(only_trainable=True)
+    assert stock.model_type == ("marian" if config.model.architecture == "transformer" else config.model.architecture)
     if name in PUBLISHED:
         assert model.num_parameters() == PUBLISHED[name][1]
+
+
+def test_what_goes_on_goes_on_from_a_shipped_run() -> None:
+    """The export of the first run, its old text replayed, and held out again what that held out."""
+    first, on = load_config("quickstart-gpt"), load_config("quickstart-continue")
+    assert set(SHIPPED) - set(NAMES) == {on.name}
+    assert on.model.from_ == f"{first.out}/{first.name}/export"
+    assert on.data.validation == first.data.validation
+    assert on.data.sequence_length == first.data.sequence_length
+    (old,) = (source for source in on.data.train if not isinstance(source, str) and source.name == "python")
+    assert old.files == first.data.train

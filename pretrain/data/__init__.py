@@ -3,7 +3,7 @@
 What lives here: shards, packing, order, mixtures, objectives, loading; before them `reading`, `keeping`, `preparing`,
 and `looking` beside them. What must not: models, torch, the loop.
 
-     files, globs, directories, URLs, hub:NAME, python-stdlib, token files
+     files, globs, directories, URLs, hub:NAME, python-stdlib, torch-headers, token files
         |  reading      bytes -> documents, byte for byte; a byte range owns the documents that start in it
         v
      documents

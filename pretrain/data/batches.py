@@ -274,6 +274,16 @@ def _assemble_pieces(
     )
 
 
+def target_length_for(config: RunConfig) -> int:
+    """Positions of the decoder's row of an encoder-decoder."""
+    objective, length = config.objective, config.data.sequence_length
+    if config.data.target_length is not None:
+        return config.data.target_length
+    if objective.kind != "span-corruption":
+        return length
+    return target_length_of(length, objective.rate, corrupted_span(objective))
+
+
 def layout_of(objective: ObjectiveConfig, kind: Layout | None = None) -> Layout:
     """Where special tokens go: as the objective needs; one of one's own goes by the kind of model, where it is known.
 

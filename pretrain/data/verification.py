@@ -24,16 +24,15 @@ from pretrain.config import RunConfig
 from pretrain.config_data import DataConfig, Source
 from pretrain.data.batches import check_tokenizer
 from pretrain.data.packing import PackingSpec, plan_directory
+from pretrain.data.reading.embedded import embedded_paths
 from pretrain.data.reading.remote import is_url
 from pretrain.data.reading.sources import (
     HUB_PREFIX,
-    STDLIB,
     SourceFile,
     Told,
     hash_with_index,
     resolve_sources,
     state_here,
-    stdlib_corpus,
     with_index,
 )
 from pretrain.data.shards import INDEX_SUFFIX, MARKS_SUFFIX, TOKENS_SUFFIX, digests_of, token_dtype
@@ -233,12 +232,8 @@ def _is_here(name: str) -> bool:
 
 
 def _paths(names: Iterable[str]) -> dict[str, Path]:
-    embedded: dict[str, Path] = {}
-    if any(name.startswith(f"{STDLIB}/") for name in names):
-        try:
-            embedded = {f"{STDLIB}/{name}": path for name, path in stdlib_corpus()}
-        except ValueError:  # a Python without its library's sources
-            embedded = {}
+    names = list(names)
+    embedded = embedded_paths(names)
     return {name: embedded.get(name, Path(name)) for name in names}
 
 

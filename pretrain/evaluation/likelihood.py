@@ -67,8 +67,9 @@ def evaluate_batches(
     Returns:
         `loss` (nats a target), `num_targets`; for masked batches `accuracy`; for causal ones `bits_per_byte`, where
         the bytes are known. Bits per byte count every target, so the EOS of each document too. A detector of replaced
-        tokens has `generator_loss` (nats a masked token), `discriminator_loss` (nats a token), `accuracy` (of its
-        verdicts), and as `loss` their weighted sum, which it is trained on.
+        tokens has `generator_loss` (nats a masked token), `discriminator_loss` (nats a token), and as `loss` their
+        weighted sum, which it is trained on; of its verdicts `accuracy`, and of replaced tokens `detection_precision`,
+        `detection_recall` (left out where none is called one, or is one) and `replaced`, their share of all tokens.
 
     Raises:
         ValueError: when no batch has a target, or a stock class is given packed rows.
@@ -117,29 +118,23 @@ def _detection_scores(
     model: nn.Module, batches: Iterable[Any], place: torch.device, autocast: torch.dtype | None, ranks: Ranks
 ) -> dict[str, float]:
     """Scores of a detector of replaced tokens with its generator."""
-    sums = [0.0] * 5  # generator's loss, detection's loss, right verdicts, masked tokens, tokens
+    names = ("generator_loss", "discriminator_loss", "accuracy", "detection_precision", "detection_recall", "replaced")
+    sums = np.zeros((len(names), 2))  # of each a sum and its divisor
     with Passes(place, autocast).of(model):
         for batch in batches:
             tensors = _on_device(batch, place)
-            output = model(**tensors, num_items_in_batch=1, item_counts={"tokens": 1})
-            number = int((tensors["labels"] != IGNORE).sum())
-            if not number:
-                continue  # an idle batch, or one without a masked token: nothing was replaced
-            real = tensors["document_ids"] != 0 if "document_ids" in tensors else torch.ones_like(output.is_replaced)
-            right = ((output.logits > 0) == output.is_replaced) & real
-            found = (output.generator_loss, output.discriminator_loss, right.sum(), number, real.sum())
-            sums = [total + float(more) for total, more in zip(sums, found, strict=True)]
-    generator, detection, right_ones, masked, tokens = ranks.sum(sums)
+            output = model(**tensors)
+            if int((tensors["labels"] != IGNORE).sum()):  # else idle, or without a masked token: nothing was replaced
+                sums += torch.stack([output.parts[name] for name in names]).double().cpu().numpy()
+    sums = np.array(ranks.sum(sums.ravel().tolist())).reshape(sums.shape)
+    pairs = dict(zip(names, sums.tolist(), strict=True))
+    masked = pairs["generator_loss"][1]
     if not masked:
         raise ValueError("there is nothing to score: no batch has a target; give more validation text")
+    scores = {name: total / by for name, (total, by) in pairs.items() if by}
     weight: Any = getattr(bare(model).config, "rtd_weight", 1.0)
-    return {
-        "loss": generator / masked + weight * detection / tokens,
-        "generator_loss": generator / masked,
-        "discriminator_loss": detection / tokens,
-        "accuracy": right_ones / tokens,
-        "num_targets": int(masked),
-    }
+    loss = scores["generator_loss"] + weight * scores["discriminator_loss"]
+    return {"loss": loss, **scores, "num_targets": int(masked)}
 
 
 def share_of_batches(batches: Iterable[Mapping[str, np.ndarray]], ranks: Ranks) -> Iterator[Mapping[str, np.ndarray]]:

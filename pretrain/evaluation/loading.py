@@ -119,9 +119,11 @@ def load_model(
             output_loading_info=True,
         )
     if missing := sorted(report["missing_keys"]):
+        generator = Path(name) / "generator"  # of a detector of replaced tokens
+        hint = f": `{generator}`" if (generator / "config.json").is_file() else ""
         raise ValueError(
             f"`{name}` has no weights for `{missing[0]}` of {type(model).__name__}: it was saved without that head; "
-            "give a directory that was saved with its language-model head"
+            f"give a directory that was saved with its language-model head{hint}"
         )
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer_source = str(tokenizer) if tokenizer is not None else name

@@ -70,6 +70,7 @@ def _from_config(stock: Any) -> LoomSeq2SeqConfig:
         hidden_dropout=stock.dropout,
         embedding_dropout=stock.dropout,
         attention_dropout=stock.attention_dropout,
+        initializer="normal",
         initializer_range=stock.init_std,
         embedding_scale=stock.d_model**0.5 if stock.scale_embedding else 1.0,
         head_bias=getattr(stock, "head_bias", True),

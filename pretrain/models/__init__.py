@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from .architectures import ARCHITECTURES
-from .attention import CAPABILITIES, Capability, pick_backend
+from .attention import CAPABILITIES, Capability, pick_backend, refuse_device
 from .configuration_loom import (
+    DETECTION_KEYS,
     LoomConfig,
     LoomDecoderConfig,
     LoomEncoderConfig,
@@ -32,6 +33,7 @@ from .configuration_loom import (
     loom_config,
 )
 from .costs import flops_per_token, num_multiplied_parameters
+from .detector_parts import GENERATOR_SIZE, join_parts
 from .dropout import wants_dropout_keys
 from .losses import linear_cross_entropy
 from .modeling_loom import LoomModel, LoomPreTrainedModel
@@ -54,6 +56,8 @@ from .modeling_loom_seq2seq import LoomSeq2SeqForConditionalGeneration, LoomSeq2
 __all__ = [
     "ARCHITECTURES",
     "CAPABILITIES",
+    "DETECTION_KEYS",
+    "GENERATOR_SIZE",
     "Capability",
     "LoomConfig",
     "LoomDecoderConfig",
@@ -77,14 +81,17 @@ __all__ = [
     "LoomSeq2SeqConfig",
     "LoomSeq2SeqForConditionalGeneration",
     "LoomSeq2SeqModel",
+    "auto_map_of",
     "config_keys",
     "flops_per_token",
+    "join_parts",
     "linear_cross_entropy",
     "loom_config",
     "model_class",
     "model_from_config",
     "num_multiplied_parameters",
     "pick_backend",
+    "refuse_device",
     "register_hub_code",
     "task_of",
     "wants_dropout_keys",
@@ -150,16 +157,20 @@ def register_hub_code(model: PreTrainedModel) -> None:
     The directory then loads with `trust_remote_code=True` where this package is not installed, through AutoModel, the
     Auto classes of all tasks, and the model's own.
     """
-    classes = _CLASSES[model.config.kind]
-    auto_map = {"AutoConfig": f"configuration_loom.{type(model.config).__name__}"}
-    for found, auto_class in classes.values():
+    for found, auto_class in _CLASSES[model.config.kind].values():
         if isinstance(model, found):
             found.register_for_auto_class(auto_class)
-        elif auto_class in auto_map:  # of two classes under one name, the model's own
-            continue
-        auto_map[auto_class] = f"{found.__module__.rsplit('.', 1)[-1]}.{found.__name__}"
     type(model.config).register_for_auto_class()
-    model.config.auto_map = auto_map
+    model.config.auto_map = auto_map_of(model)
+
+
+def auto_map_of(model: PreTrainedModel) -> dict[str, str]:
+    """Where Auto classes find the code of this kind of model: their names -> `file.class`, the model's own first."""
+    auto_map = {"AutoConfig": f"configuration_loom.{type(model.config).__name__}"}
+    for found, auto_class in _CLASSES[model.config.kind].values():
+        if auto_class not in auto_map or isinstance(model, found):  # of two classes under one name, the model's own
+            auto_map[auto_class] = f"{found.__module__.rsplit('.', 1)[-1]}.{found.__name__}"
+    return auto_map
 
 
 _AUTO_CLASSES = {

@@ -29,7 +29,7 @@ def apply_rotary(states: Tensor, tables: RotaryTables) -> Tensor:
     if turning < states.shape[-1]:
         turned = apply_rotary(states[..., :turning].contiguous(), tables)
         return torch.cat((turned, states[..., turning:]), dim=-1)
-    if states.device.type == "cpu" and states.shape[1] >= 16 and not torch.compiler.is_compiling():
+    if states.device.type == "cpu" and not torch.compiler.is_compiling() and states.shape[1] >= 16:
         return cpu_rotary(states, cosine, sine)
     first, second = states.to(torch.promote_types(states.dtype, torch.float32)).chunk(2, dim=-1)
     turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
@@ -216,12 +216,21 @@ def refuse_backend(name: str, config: LoomConfig) -> None:
     """Raise ValueError for a name that is no backend, or one that cannot hold the config on any device."""
     if name not in CAPABILITIES:
         known = ", ".join(CAPABILITIES)
-        raise ValueError(f"attn_implementation {name!r} is unknown to Loom models: take one of {known}")
+        # Begins as transformers' own refusal does, for who catches that.
+        asked = f'Specified `attn_implementation="{name}"` is not supported'
+        raise ValueError(f"{asked} by Loom models: take one of {known}")
     if missing := missing_abilities(name, config):
         holding = [other for other in CAPABILITIES if not missing_abilities(other, config)]
         raise ValueError(
             f"attention backend {name} cannot hold {', '.join(missing)}: take one of {', '.join(holding)}, or auto"
         )
+
+
+def refuse_device(name: str, device: torch.device | str) -> None:
+    """Raise ValueError for a backend that cannot run on this device."""
+    kind, devices = torch.device(device).type, CAPABILITIES[name].devices
+    if devices is not None and kind not in devices:
+        raise ValueError(f"attention backend {name} runs on {', '.join(devices)}, this is {kind}: take sdpa, or auto")
 
 
 def pick_backend(config: LoomConfig, device: torch.device | str, *, need_weights: bool = False) -> tuple[str, str]:

@@ -72,12 +72,13 @@ ROPE_SCALING = {
 }
 """What each kind of rotary scaling must be given."""
 _YARN_MORE = {"attention_factor", "beta_fast", "beta_slow"}
+_INITIALIZER_RANGE = 0.02
 
 # Switches that mean something only beside another one; `__post_init__` fills them when that one is on.
 _TIED_TO_ANOTHER_SWITCH = ("rope_theta", "local_rope_theta", "local_window", "position_offset", "sinusoidal_layout")
 
-# Keys that say how a generator goes with a model, and so have no place in the generator's own config.
-_OF_DETECTION = ("generator_size", "generator", "rtd_weight", "rtd_sharing")
+DETECTION_KEYS = ("generator_size", "generator", "rtd_weight", "rtd_sharing")
+"""Keys that say how a generator goes with a model, and so have no place in the generator's own config."""
 
 # Roles that no model config holds. An encoder also has cls and sep, which a decoder leaves to its tokenizer.
 TOKENIZER_ONLY_IDS = ("unk_token_id", "mask_token_id", "cls_token_id", "sep_token_id")
@@ -181,7 +182,7 @@ class LoomConfig(PreTrainedConfig):
             if name not in (*_TIED_TO_ANOTHER_SWITCH, *design.derived) and getattr(self, name) is None:
                 setattr(self, name, value)
         if self.initializer_range is None:
-            self.initializer_range = 0.02
+            self.initializer_range = _INITIALIZER_RANGE
         _check_sizes(self)
         self._fill_sizes(design)
         self._fill_positions(design)
@@ -252,6 +253,7 @@ class LoomConfig(PreTrainedConfig):
         _check_layers(self)
         _check_positions(self)
         _check_windows(self)
+        _check_initial_weights(self)
 
 
 class LoomEncoderConfig(LoomConfig):
@@ -302,15 +304,18 @@ class LoomEncoderConfig(LoomConfig):
         size, given = self.generator_size, dict(self.generator or {})
         assert size is not None
         shared = {"vocab_size"} if self.rtd_sharing == "none" else {"vocab_size", "embedding_size"}
-        known = set(config_keys(self.architecture)) - shared - set(_OF_DETECTION)
+        known = set(config_keys(self.architecture)) - shared - set(DETECTION_KEYS)
         if unknown := sorted(set(given) - known):
             raise ValueError(f"generator: {unknown[0]} is no key of its own{_nearest(unknown[0], sorted(known))}")
 
         def part(whole: int) -> int:
             return max(1, round(whole * size))
 
-        keys = {name: getattr(self, name) for name in config_keys(self.architecture) if name not in _OF_DETECTION}
-        heads = part(self.num_attention_heads)
+        keys = {name: getattr(self, name) for name in config_keys(self.architecture) if name not in DETECTION_KEYS}
+        heads, width = part(self.num_attention_heads), given.get("hidden_size", part(self.hidden_size))
+        if self.head_dim * self.num_attention_heads == self.hidden_size:  # so it stays, as stock architectures want it
+            heads = next(count for count in range(heads, 0, -1) if width % count == 0)
+            keys["head_dim"] = None
         keys |= {
             "hidden_size": part(self.hidden_size),
             "intermediate_size": part(self.intermediate_size),
@@ -335,6 +340,11 @@ class LoomDecoderConfig(LoomConfig):
 
     model_type = "loom_decoder"
     kind: ClassVar[str] = "decoder"
+    # The names under which libraries that make the logits themselves (TRL, vLLM) look for these two.
+    attribute_map: ClassVar[dict[str, str]] = {
+        "final_logit_softcapping": "logit_softcap",
+        "logit_scale": "output_scale",
+    }
 
     architecture: str = "gpt2"
     use_cache: bool = True
@@ -567,4 +577,14 @@ def _check_windows(config: LoomConfig) -> None:
         raise ValueError(
             f"local_window and local_rope_theta do nothing with {key} {getattr(config, key)!r} (every layer is "
             "global): leave them out, or set global_attention_every to 2 or more"
+        )
+
+
+def _check_initial_weights(config: LoomConfig) -> None:
+    """A width that nothing is drawn with."""
+    usual = ARCHITECTURES[config.architecture].conventions.get("initializer_range", _INITIALIZER_RANGE)
+    if config.initializer == "xavier_uniform" and config.initializer_range != usual:
+        raise ValueError(
+            f"initializer_range {config.initializer_range} does nothing with initializer xavier_uniform, which draws "
+            "by the sizes of each matrix: leave it out, or choose another initializer, such as normal"
         )

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_loom import LoomConfig
 from .dropout import CROSS_SITES, DECODER_SITES, branch_sites, dropout
-from .losses import linear_cross_entropy
+from .losses import linear_cross_entropy, softcap_logits, token_cross_entropy_sum
 from .masks import AttentionMask
 from .mixers import LoomCrossAttention, make_mixer, project_together
 from .norms import activate, make_norm
@@ -72,18 +72,23 @@ class LoomLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        memory: Tensor | None = None,
+        shared: Tensor | None = None,
+        *,
         mixer_input: Any,
         past_key_values: Cache | None = None,
         need_weights: bool = False,
         dropout_keys: Tensor | None = None,
         layer_idx: int | None = None,
-        memory: Tensor | None = None,
         memory_mask: AttentionMask | None = None,
     ) -> Tensor:
         """(B, L, hidden) -> (B, L, hidden); dropout_keys: (B,) int64, see `dropout`.
 
         layer_idx: the place in the stack, where one block has several. memory (B, S, hidden): an encoder's output.
+        shared: that of `mixer_input`. What other modules learn from comes by place: layers that are computed anew
+        inside a backward pass of their own (`use_reentrant`) hand a gradient back to such inputs alone.
         """
+        mixer_input = mixer_input.with_shared(shared)
         place = self.layer_idx if layer_idx is None else layer_idx
         attention_site, mlp_site = (self.first_site + site for site in branch_sites(place))
         normed = self.attention_norm(hidden_states) if self.pre_norm else hidden_states
@@ -165,10 +170,15 @@ def token_loss_sum(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Summed cross-entropy of the head at the targets, also for a plain `nn.Linear` that a resize put in its place."""
+    """Summed cross-entropy of the head at the targets, whatever stands in its place.
+
+    A resize puts a plain `nn.Linear` there. What adapters put around it has more than one weight: its logits are made.
+    """
     if isinstance(head, LoomTokenHead):
         return head(hidden_states, targets, softcap, label_smoothing)
-    assert isinstance(head, nn.Linear)
+    if not isinstance(head, nn.Linear):
+        logits = softcap_logits(head(hidden_states), softcap)
+        return token_cross_entropy_sum(logits, targets, label_smoothing=label_smoothing)
     return linear_cross_entropy(
         hidden_states, head.weight, targets, bias=head.bias, softcap=softcap, label_smoothing=label_smoothing
     )

@@ -182,6 +182,20 @@ def indices(length: int, past_length: int | Tensor, key_length: int, device: tor
     return queries[:, None], torch.arange(key_length, device=device)[None, :]
 
 
+def documents_by_positions(position_ids: Tensor | None, rows: int) -> Tensor | None:
+    """(rows, L) document ids of rows in which positions (rows or 1, L) start anew with each piece; None: none does.
+
+    This is how collators that know no document ids say what they packed (transformers' DataCollatorWithFlattening,
+    TRL's). A place whose position does not follow on the one before begins a piece.
+    """
+    if position_ids is None:
+        return None
+    follows = torch.diff(position_ids, dim=-1) == 1  # (rows or 1, L - 1)
+    if _all_true(follows):
+        return None
+    return torch.nn.functional.pad((~follows).cumsum(dim=-1), (1, 0)).expand(rows, -1) + 1
+
+
 def _sees_all(length: int, past_length: int | Tensor, key_length: int) -> bool:
     """One new token after a cache that holds no free slots: it may look at every key."""
     return length == 1 and isinstance(past_length, int) and key_length == past_length + 1
@@ -256,7 +270,8 @@ def _reach(config: LoomConfig, kind: str, causal: bool, keys: int) -> int | None
         return None
     assert config.local_window is not None
     reach: int = config.local_window - 1 if causal else config.local_window // 2
-    return None if keys <= reach + 1 else reach
+    # A length that is traced as a symbol stands for longer rows too: an exported graph must keep the window.
+    return None if isinstance(keys, int) and keys <= reach + 1 else reach
 
 
 def _narrowed(rule: Visibility, config: LoomConfig, kind: str) -> Visibility:

@@ -53,6 +53,17 @@ class AttentionInput:
     mask: AttentionMask
     rotary: RotaryTables | None = None
 
+    @property
+    def shared(self) -> Tensor | None:
+        """What all layers read and a gradient may flow into."""
+        return self.mask.position_bias
+
+    def with_shared(self, shared: Tensor | None) -> "AttentionInput":
+        """The same with that tensor in its place."""
+        if shared is None or shared is self.mask.position_bias:
+            return self  # its mask is made once for all layers
+        return AttentionInput(self.mask.with_position_bias(shared), self.rotary)
+
 
 class AttentionInputs(nn.Module):
     """Masks, rotary angles and position biases of a stack, one `AttentionInput` for each kind of its layers."""
@@ -227,7 +238,8 @@ class Mixer:
     """One way to mix the positions of a row.
 
     `layer(config, layer_idx, causal=...)` maps (hidden states, input, cache, need_weights, layer_idx) to (hidden
-    states, probabilities or None); `inputs(config, kinds, causal=...)` maps a `Geometry` to the input of each kind.
+    states, probabilities or None); `inputs(config, kinds, causal=...)` maps a `Geometry` to the input of each kind. An
+    input tells the tensor that layers share and learn by `shared`, and takes another in its place by `with_shared`.
     """
 
     layer: type[nn.Module]

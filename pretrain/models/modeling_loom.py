@@ -7,6 +7,7 @@ Heads live in `modeling_loom_encoder.py`, `modeling_loom_decoder.py`, `modeling_
 # mypy: disable-error-code="misc, no-untyped-call, untyped-decorator, assignment, index"
 # (transformers' base classes and decorators, and the attributes of nn.Module, are untyped)
 
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from .dropout import DECODER_SITES, EMBEDDING_SITE, dropout
 from .initial_weights import initialize
 from .layers import LoomLayer, LoomPredictionHead, LoomTokenHead, token_loss_sum
 from .losses import softcap_logits
-from .masks import cross_mask
+from .masks import cross_mask, documents_by_positions
 from .mixers import MIXERS, Geometry, LoomCrossAttention, make_mixer_inputs
 from .norms import make_norm
 from .positions import document_positions, sinusoids
@@ -54,6 +55,46 @@ class LoomPreTrainedModel(PreTrainedModel):
         if requested_attention in ("flex", "varlen"):  # no names of transformers'
             return requested_attention
         return str(super().get_correct_attn_implementation(requested_attention, is_init_check))
+
+    @property
+    def vocab_size(self) -> int:
+        """The config's; transformers sets it on a model that it resizes."""
+        return int(self.config.vocab_size)
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.config.vocab_size = size
+
+    def init_parallel_plans(self) -> None:
+        """Collect the plans of all parts; of that for tensor parallelism, what this model has and can split.
+
+        Biases by position have a row for every head, and a norm over all heads needs all of them: there attention
+        stays whole.
+        """
+        super().init_parallel_plans()
+        names = {re.sub(r"(^|\.)\d+", r"\1*", name) for name, _ in self.named_modules()}
+        if self.config.position_kind in ("alibi", "relative") or self.config.qk_norm == "full_width":
+            names = {name for name in names if ".self_attn." not in name}
+        self._tp_plan = {name: style for name, style in self.tp_plan.items() if name in names}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers saves a model; with the code that its config names, whichever class of ours it is.
+
+        Without that, a model that came with its code and is saved again (fine-tuned, say, by the installed classes)
+        would name files in `auto_map` that do not lie beside it.
+        """
+        found, code = type(self), getattr(self.config, "auto_map", None) or {}
+        own = f"{found.__module__.rsplit('.', 1)[-1]}.{found.__name__}"
+        # A Hub name may stand before the file's.
+        auto_class = next((auto for auto, name in code.items() if str(name).rsplit("--", 1)[-1] == own), None)
+        registered = found._auto_class
+        if auto_class is not None:
+            found._auto_class = auto_class
+            self.config._auto_class = "AutoConfig"
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            found._auto_class = registered
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,19 +179,22 @@ class LoomModel(LoomPreTrainedModel):
         encoder_document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """(B, L) token ids, or (B, L, embedding) embeddings -> last hidden state (B, L, hidden).
+        """(B, L) token ids, or (B, L, embedding) of what `embed_tokens` finds -> last hidden state (B, L, hidden).
 
         attention_mask: None, (B, keys) with 1 = token, or 4D (bool, True = may look; or added to the scores).
         document_ids (B, L): 0 = padding, 1.. = piece of the row; pieces do not see each other. position_ids default to
-        places in the row, or in the piece when document_ids are given. dropout_keys (B,) int64: while training, the
-        masks of hidden and embedding dropout are a function of each row's key; None draws them from torch's generator.
-        The decoder of an encoder-decoder also takes encoder_hidden_states (B, S, hidden), with their attention_mask
-        and document_ids (B, S).
+        places in the row, or in the piece when document_ids are given; where they start anew within a row, and neither
+        mask, document_ids nor a cache is given, a piece begins, as in transformers' own packed rows. dropout_keys (B,)
+        int64: while training, the masks of hidden and embedding dropout are a function of each row's key; None draws
+        them from torch's generator. The decoder of an encoder-decoder also takes encoder_hidden_states (B, S, hidden),
+        with their attention_mask and document_ids (B, S).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        embeddings = self.look_up(input_ids) if inputs_embeds is None else inputs_embeds
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length, device = embeddings.shape[1], embeddings.device
+        if not self.is_part and attention_mask is None and document_ids is None and past_key_values is None:
+            document_ids = documents_by_positions(position_ids, embeddings.shape[0])
         past_key_values = self._cache(past_key_values, use_cache)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         key_length = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
@@ -170,12 +214,13 @@ class LoomModel(LoomPreTrainedModel):
             layer = self.layers[place * len(self.layers) // len(self.attention_kinds)]
             hidden_states = layer(
                 hidden_states,
+                encoder_hidden_states,
+                inputs[kind].shared,
                 mixer_input=inputs[kind],
                 past_key_values=past_key_values,
                 need_weights=need_weights,
                 dropout_keys=dropout_keys,
                 layer_idx=place,
-                memory=encoder_hidden_states,
                 memory_mask=memory_mask,
             )
         if self.config.norm_placement == "pre":
@@ -183,11 +228,6 @@ class LoomModel(LoomPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
-
-    def look_up(self, input_ids: Tensor | None) -> Tensor:
-        """(B, L) token ids -> (B, L, embedding), scaled as the config asks for."""
-        embeddings: Tensor = self.embed_tokens(input_ids)
-        return embeddings if self.config.embedding_scale == 1.0 else embeddings * self.config.embedding_scale
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to fill. Training keeps none unless asked; gradient checkpointing cannot keep one."""
@@ -222,8 +262,10 @@ class LoomModel(LoomPreTrainedModel):
     def _embed(
         self, embeddings: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, dropout_keys: Tensor | None
     ) -> Tensor:
-        """(B, L, embedding) -> (B, L, hidden): token types, positions, norm, dropout, projection."""
+        """(B, L, embedding) -> (B, L, hidden): scale, token types, positions, norm, dropout, projection."""
         config = self.config
+        if config.embedding_scale != 1.0:
+            embeddings = embeddings * config.embedding_scale
         if config.type_vocab_size:
             if token_type_ids is None:
                 embeddings = embeddings + self.embed_token_types.weight[0]

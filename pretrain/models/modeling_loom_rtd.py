@@ -42,7 +42,8 @@ class LoomReplacedTokenDetectionOutput(ModelOutput):
 
     logits (B, L): above 0 where a token is taken for a replacement. generator_loss and discriminator_loss are what
     `loss` is the weighted sum of. corrupted_ids (B, L): what the discriminator read; is_replaced (B, L) bool: where
-    that is not the original token.
+    that is not the original token. parts: numbers of these rows, each a sum and what it is divided by, (2,) and left on
+    the device: over micro-batches and processes both add up, and then make the number of the whole batch.
     """
 
     loss: Tensor | None = None
@@ -51,6 +52,7 @@ class LoomReplacedTokenDetectionOutput(ModelOutput):
     discriminator_loss: Tensor | None = None
     corrupted_ids: Tensor | None = None
     is_replaced: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -92,7 +94,6 @@ class LoomEncoderForReplacedTokenDetection(LoomPreTrainedModel):
             del self.model.embed_tokens
             self.embedding_delta = nn.Embedding(config.vocab_size, config.embedding_size)
         self._tied_weights_keys = self._shared_tables()
-        self.last_metrics: dict[str, Tensor] = {}
         self.post_init()
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
@@ -155,7 +156,7 @@ class LoomEncoderForReplacedTokenDetection(LoomPreTrainedModel):
             given = {"inputs_embeds": self._sum_of_embeddings(input_ids)}
         outputs = self.model(**given, **rows, dropout_keys=dropout_keys, **kwargs)
         logits = self.rtd_head(outputs.last_hidden_state)
-        loss = generator_loss = detection_loss = None
+        loss = generator_loss = detection_loss = parts = None
         if labels is not None and is_replaced is not None and real is not None:
             detection_sum = _detection_sum(logits, is_replaced, real)
             detection_loss = mean_over_targets(detection_sum, real, tokens, ignore_index=False)
@@ -163,7 +164,9 @@ class LoomEncoderForReplacedTokenDetection(LoomPreTrainedModel):
             if generator_sum is not None:
                 generator_loss = mean_over_targets(generator_sum, labels, num_items_in_batch)
                 loss = loss + generator_loss
-            self.last_metrics = _metrics(logits, is_replaced, real, detection_sum, generator_sum, labels)
+            parts = _parts(logits, is_replaced, real, detection_sum)
+            if generator_sum is not None:
+                parts["generator_loss"] = _ratio(generator_sum, (labels != IGNORE_INDEX).sum())
         return LoomReplacedTokenDetectionOutput(
             loss=loss,
             logits=logits,
@@ -171,6 +174,7 @@ class LoomEncoderForReplacedTokenDetection(LoomPreTrainedModel):
             discriminator_loss=detection_loss,
             corrupted_ids=None if generator_sum is None else input_ids,
             is_replaced=is_replaced,
+            parts=parts,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -214,13 +218,31 @@ class LoomEncoderForReplacedTokenDetection(LoomPreTrainedModel):
         """(B, L) -> (B, L, embedding): the generator's, which stay where they are, plus the discriminator's part."""
         assert self.generator is not None
         base = self.generator.model.embed_tokens(input_ids).detach()
-        return (base + self.embedding_delta(input_ids)) * self.config.embedding_scale
+        return base + self.embedding_delta(input_ids)
 
     def discriminator_config(self) -> LoomEncoderConfig:
         """The config of the discriminator alone: this class without a generator."""
         config = type(self.config).from_dict(self.config.to_dict())
         config.generator_size, config.generator = None, None
+        config.architectures = [type(self).__name__]
         return config
+
+    @torch.no_grad()
+    def published_parts(self) -> "tuple[LoomEncoderForReplacedTokenDetection, LoomEncoderForMaskedLM]":
+        """Copies of both parts as they are published: the discriminator alone, and the generator.
+
+        Raises ValueError where there is no generator.
+        """
+        state = self.generator_state()
+        assert self.generator is not None
+        of_generator = type(self.config).from_dict(self.generator.config.to_dict())
+        of_generator.architectures = [type(self.generator).__name__]
+        parts = type(self)(self.discriminator_config()), type(self.generator)(of_generator)
+        for part, own in zip(parts, (self.discriminator_state(), state), strict=True):
+            nn.Module.to(part, self.rtd_head.dense.weight).load_state_dict(own, strict=False)
+            part.tie_weights()
+            part.eval()
+        return parts
 
     def discriminator_state(self) -> dict[str, Tensor]:
         """The tensors of the discriminator alone, embeddings added up: what `discriminator_config`'s model holds."""
@@ -339,21 +361,20 @@ def _detection_sum(logits: Tensor, is_replaced: Tensor, real: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _metrics(
-    logits: Tensor,
-    is_replaced: Tensor,
-    real: Tensor,
-    detection_sum: Tensor,
-    generator_sum: Tensor | None,
-    labels: Tensor,
-) -> dict[str, Tensor]:
-    """Means over this forward's rows, left on the device: who asks for a number waits for it."""
-    tokens = real.sum().clamp(min=1)
-    metrics = {
-        "discriminator_loss": detection_sum / tokens,
-        "accuracy": (((logits > 0) == is_replaced) & real).sum() / tokens,
-        "replaced": (is_replaced & real).sum() / tokens,
+def _parts(logits: Tensor, is_replaced: Tensor, real: Tensor, detection_sum: Tensor) -> dict[str, Tensor]:
+    """What is known of the verdicts on real tokens, all (B, L): each number a sum and its divisor."""
+    tokens, said, replaced = real.sum(), (logits > 0) & real, is_replaced & real
+    found = (said & replaced).sum()
+    return {
+        "discriminator_loss": _ratio(detection_sum, tokens),
+        "accuracy": _ratio(((said == replaced) & real).sum(), tokens),
+        "detection_precision": _ratio(found, said.sum()),
+        "detection_recall": _ratio(found, replaced.sum()),
+        "replaced": _ratio(replaced.sum(), tokens),
     }
-    if generator_sum is not None:
-        metrics["generator_loss"] = mean_over_targets(generator_sum, labels, None)
-    return {name: value.detach() for name, value in metrics.items()}
+
+
+def _ratio(total: Tensor, by: Tensor) -> Tensor:
+    """(2,), at least float32: it holds every count up to 2^24."""
+    wide = torch.promote_types(total.dtype, torch.float32) if total.is_floating_point() else torch.float32
+    return torch.stack((total.detach().to(wide), by.to(wide)))

@@ -80,7 +80,7 @@ class LoomSeq2SeqModel(LoomPreTrainedModel):
         if decoder_inputs_embeds is None:
             if decoder_input_ids is None:
                 raise ValueError("give decoder_input_ids, decoder_inputs_embeds, or labels to a class with a head")
-            decoder_inputs_embeds = self.encoder.look_up(decoder_input_ids)
+            decoder_inputs_embeds = self.encoder.embed_tokens(decoder_input_ids)
         decoded = self.decoder(
             inputs_embeds=decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,

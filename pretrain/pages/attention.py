@@ -19,14 +19,34 @@ from pretrain.pages.page import escape, page, paragraph
 Floats = npt.NDArray[np.float32]
 
 _MOST_LABELS = 48  # tokens beside a map, above which they would not be read
+_MOST_OPEN = 16  # tokens whose lists are shown without a click
 _STYLE = """<style>
 .heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .6rem; }
 figure { margin: 0; } figcaption { font-size: 12px; color: var(--soft); }
-img.map { width: 100%; aspect-ratio: var(--aspect, 1); image-rendering: pixelated; border: 1px solid var(--line); }
-.big { max-width: 34rem; } .big img.map { display: block; }
-.grid td { width: 2.6rem; height: 1.5rem; padding: 0 .2rem; text-align: center; font-size: 11px; color: #14181d; }
-.grid th { padding: 0 .5rem 0 0; font-size: 12px; }
-.look td { padding: .1rem .9rem .1rem 0; }
+h1, .soft { overflow-wrap: anywhere; }
+:root { --look: #4682d2; }
+img.map { width: 100%; aspect-ratio: var(--aspect, 1); image-rendering: pixelated; border: 1px solid var(--line);
+  display: block; }
+.heads img.map { max-height: 14rem; min-height: 3rem; } .big img.map { min-height: 4rem; }
+.big { max-width: calc(34rem * min(1, var(--columns) / var(--rows))); min-width: 6rem; }
+.named { display: grid; padding: .2rem 0; width: max-content;
+  grid-template-columns: auto calc(var(--columns) * clamp(13px, 30rem / max(var(--columns), var(--rows)), 2.4rem)); }
+.named span { font: 11px/1 ui-monospace, monospace; overflow: hidden; text-overflow: ellipsis; white-space: pre; }
+.named .top { grid-column: 2; display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr));
+  align-items: end; justify-items: center; }
+.named .top span { writing-mode: vertical-rl; text-orientation: sideways; transform: rotate(180deg);
+  max-height: 6rem; padding-top: .2rem; }
+.named .left { display: grid; grid-template-rows: repeat(var(--rows), minmax(0, 1fr)); align-items: center;
+  justify-items: end; padding-right: .3rem; }
+.named .left span { max-width: 7rem; }
+.grid td { width: 2.6rem; min-width: 2.2rem; height: 1.5rem; padding: 0 .2rem; text-align: center; font-size: 11px;
+  vertical-align: middle; background: color-mix(in srgb, var(--look) var(--share), var(--ground)); }
+.grid th { padding: 0 .5rem 0 0; font-size: 12px; white-space: nowrap; vertical-align: middle; }
+.grid thead th { text-align: center; }
+.look td { padding: .1rem .9rem .1rem 0; } .look td:first-child { white-space: pre; }
+details { margin: .3rem 0; } summary { cursor: pointer; }
+@media (prefers-color-scheme: dark) { :root { --look: #2f6cc4; }
+  img.map { filter: invert(.92) hue-rotate(180deg); border-color: var(--ink); } }
 </style>"""
 
 
@@ -48,19 +68,21 @@ class Stack:
 
 def attention_page(model: str, text: str, stacks: Sequence[Stack]) -> str:
     """The whole page."""
-    body = [_STYLE, paragraph(model, "soft"), f'<div class="sample">{escape(text)}</div>']
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    where = [paragraph(model, "soft")] if name != model else []
+    body = [_STYLE, *where, f'<div class="sample">{escape(text)}</div>']
     body.append(
         paragraph(
-            "In a map a row is a token that looks and a column one that is looked at; dark is much. The strength of a "
-            "colour is the square root of the probability, so that faint looks are seen."
+            "In a map a row is a token that looks and a column one that is looked at. The stronger the colour, the "
+            "more: it is the square root of the probability, so that faint looks are seen."
         )
     )
     for stack in stacks:
         body.append(f"<h2>{escape(stack.title)}</h2>")
         body.extend(_importance(stack))
-        body.extend(_rollout(stack))
+        body.extend(_rollout(stack) if stack.rollout is not None else _mean(stack))
         body.extend(_maps(stack))
-    return page(f"attention of {model}", body, images=True)
+    return page(f"attention of {name}", body, images=True)
 
 
 def _importance(stack: Stack) -> Iterator[str]:
@@ -77,40 +99,55 @@ def _importance(stack: Stack) -> Iterator[str]:
     rows = []
     for layer in range(layers):
         shares = [float(value) / largest for value in stack.importance[layer]]
-        cells = "".join(f'<td style="background:{_shade(share)}">{share:.2f}</td>' for share in shares)
+        cells = "".join(f'<td style="--share:{share:.1%}">{share:.2f}</td>' for share in shares)
         rows.append(f"<tr><th>layer {layer}</th>{cells}</tr>")
     top, body = f"<thead><tr><th></th>{head}</tr></thead>", "".join(rows)
     yield f'<div class="wide"><table class="grid">{top}<tbody>{body}</tbody></table></div>'
 
 
-def _shade(share: float) -> str:
-    """From white to blue."""
-    red, green, blue = (round(255 - share * (255 - channel)) for channel in (70, 130, 210))
-    return f"rgb({red},{green},{blue})"
-
-
 def _rollout(stack: Stack) -> Iterator[str]:
     """The map of rollout, and the tokens that each token draws on most."""
-    if stack.rollout is None:
-        return
+    assert stack.rollout is not None
     yield paragraph(
         "Rollout: through all layers, half of each layer's look and half of what stays (Abnar and Zuidema 2020, arXiv "
         "2005.00928): how much of each input token has reached each place."
     )
-    yield f'<div class="big">{_figure(stack.rollout, "")}</div>'
-    if len(stack.queries) > _MOST_LABELS:
-        yield paragraph(f"{len(stack.queries)} tokens; what each draws on is listed for up to {_MOST_LABELS}.", "soft")
-        return
+    yield from _whole(stack, stack.rollout, "draws on")
+
+
+def _mean(stack: Stack) -> Iterator[str]:
+    """The map of all heads together, and the tokens that each token looks at most."""
+    yield paragraph("The mean of all layers and heads.")
+    yield from _whole(stack, stack.maps.mean(axis=(0, 1)), "looks at")
+
+
+def _whole(stack: Stack, weights: Floats, verb: str) -> Iterator[str]:
+    """A large map with its tokens where they can be read, and the largest four of each row in words."""
+    queries, keys = _labels(stack.queries), _labels(stack.keys)
+    sizes = f"--rows:{len(queries)};--columns:{len(keys)}"
+    if max(len(queries), len(keys)) <= _MOST_LABELS:
+        top, left = ("".join(f"<span>{token}</span>" for token in tokens) for tokens in (keys, queries))
+        yield (
+            f'<div class="wide"><div class="named" style="{sizes}">'
+            f'<div class="top">{top}</div><div class="left">{left}</div>{_image(weights, verb)}</div></div>'
+        )
+    else:
+        yield f'<div class="big" style="{sizes}">{_image(weights, verb)}</div>'
     rows = []
-    for number, token in enumerate(stack.queries):
-        best = np.argsort(-stack.rollout[number])[:4]
-        from_ = ", ".join(f"{stack.keys[place]} {stack.rollout[number, place]:.2f}" for place in best.tolist())
-        rows.append(f"<tr><td>{escape(token)}</td><td>{escape(from_)}</td></tr>")
-    body = "".join(rows)
+    for number, token in enumerate(queries):
+        best = np.argsort(-weights[number], kind="stable")[:4]
+        found = ", ".join(f"{keys[place]} {weights[number, place]:.2f}" for place in best.tolist())
+        rows.append(f"<tr><td>{token}</td><td>{found}</td></tr>")
+    opened = ' open="open"' if len(queries) <= _MOST_OPEN else ""
     yield (
-        '<div class="wide"><table class="look"><thead><tr><th>at</th><th>draws on</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f"<details{opened}><summary>what each token {verb}</summary>"
+        f'<div class="wide"><table class="look"><tbody>{"".join(rows)}</tbody></table></div></details>'
     )
+
+
+def _labels(tokens: Sequence[str]) -> list[str]:
+    """Tokens for HTML; one that is space alone is seen."""
+    return [escape(token if token.strip() else token.replace(" ", "␣")) for token in tokens]
 
 
 def _maps(stack: Stack) -> Iterator[str]:
@@ -133,14 +170,17 @@ def _describe(weights: Floats) -> str:
 
 
 def _figure(weights: Floats, caption: str) -> str:
+    """One map with words below it."""
+    return f"<figure>{_image(weights, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _image(weights: Floats, words: str) -> str:
     """One map as an image."""
     data = base64.b64encode(png(weights)).decode()
     rows, columns = weights.shape
-    words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    alt = escape(caption or "attention map")
     return (
-        f'<figure><img class="map" style="--aspect:{columns}/{rows}" alt="{alt}" src="data:image/png;base64,{data}" />'
-        f"{words}</figure>"
+        f'<img class="map" style="--aspect:{columns}/{rows}" alt="{escape(words)}" '
+        f'src="data:image/png;base64,{data}" />'
     )
 
 

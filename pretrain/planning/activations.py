@@ -10,7 +10,7 @@ copy of its input, and every weight a cast copy. T = rows x length tokens, h hid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pretrain.planning.facts import ModelFacts
@@ -38,6 +38,7 @@ class Pass:
         checkpointing: every block keeps its input alone, and runs again in the backward pass.
         target_share: of the positions, those that the head sees.
         packed: rows hold several documents, so attention takes a mask.
+        memory_length: of the encoder's row that a decoder looks at.
     """
 
     rows: int
@@ -48,6 +49,14 @@ class Pass:
     checkpointing: bool = False
     target_share: float = 1.0
     packed: bool = True
+    memory_length: int = 0
+
+    def of(self, stack: ModelFacts) -> Pass:
+        """What passes one stack of a model: a decoder beside an encoder has rows of its own, all of them targets."""
+        if not stack.crosses:
+            return self
+        length = stack.target_length or self.length
+        return replace(self, length=length, memory_length=self.length, target_share=1.0)
 
     @property
     def tokens(self) -> int:
@@ -88,11 +97,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Head:
-    """Bytes of the head and its loss: during its forward pass, and as its backward pass starts."""
+    """Bytes of the head and its loss: during its forward pass, and as its backward pass starts.
 
-    forward: float
-    backward: float
-    kept: float
+    `kept` are activations; `lasting` are gradients that were made in the forward pass and wait for the backward pass.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    kept: float = 0.0
+    lasting: float = 0.0
 
 
 def block(facts: ModelFacts, step: Pass, layer: int) -> Block:
@@ -110,10 +123,15 @@ def block(facts: ModelFacts, step: Pass, layer: int) -> Block:
     mixed, scores = _attention(facts, step)
     attention += mixed
     mlp = stream + normed + (mlp_inputs * compute * tokens * hidden if step.cast else stream)
-    mlp += (4 if facts.gated else 2) * middle
+    mlp += ((4 if facts.gated else 2) - facts.relu) * middle  # its slope is known from its result
     if facts.hidden_dropout:
         attention += tokens * hidden * (1 if step.device == "cuda" else compute)
         mlp += tokens * hidden * (1 if step.device == "cuda" else compute)
+    if facts.parallel:  # both branches read one sum, or one norm of it
+        mlp -= stream * (2 if facts.shared_norm and not step.cast else 1)
+    if facts.qk_norm:
+        attention += (2 if step.cast else 1) * WIDE * tokens * (facts.query_width + facts.key_width)
+    attention += _cross(facts, step)
     weights, cached = _weights(facts, step, layer)
     down = hidden * facts.intermediate_size
     slope = stream + (2 if facts.gated else 1) * middle + (WIDE + (compute if step.cast else 0)) * down
@@ -129,6 +147,20 @@ def block(facts: ModelFacts, step: Pass, layer: int) -> Block:
     )
 
 
+def _cross(facts: ModelFacts, step: Pass) -> float:
+    """What a decoder's look at an encoder keeps."""
+    if not facts.crosses:
+        return 0.0
+    tokens, compute, queries, keys = step.tokens, step.compute, facts.query_width, facts.key_width
+    memory = step.rows * step.memory_length
+    joined = step.device == "cpu" and memory >= FUSED_ROWS
+    stream = WIDE * tokens * facts.hidden_size
+    kept = stream + _norm(facts, step)
+    kept += compute * (tokens + (1 if joined else 2) * memory) * facts.hidden_size if step.cast else stream
+    kept += compute * (2 * tokens * queries + 2 * memory * keys) + WIDE * tokens * facts.num_attention_heads
+    return kept + (compute * step.rows * step.length * step.memory_length if step.packed else 0)
+
+
 def _norm(facts: ModelFacts, step: Pass) -> float:
     """What a norm keeps beside its input: statistics; where it is no single kernel, its input over the root, too."""
     if not facts.rms_norm:
@@ -138,8 +170,10 @@ def _norm(facts: ModelFacts, step: Pass) -> float:
 
 def _weights(facts: ModelFacts, step: Pass, layer: int) -> tuple[float, float]:
     """Copies of a block's weights: (kept by the graph, held by autocast's cache)."""
-    matrices = facts.layer_matrices[layer]
-    joined = facts.hidden_size * (facts.query_width + 2 * facts.key_width)
+    if not facts.uses_first(layer):
+        return 0, 0
+    matrices = facts.layer_matrices[facts.block_of(layer)]
+    joined = facts.hidden_size * (facts.query_width + (4 if facts.crosses else 2) * facts.key_width)
     joined += 2 * facts.hidden_size * facts.intermediate_size if facts.gated else 0
     if step.cast:
         return step.compute * matrices, step.compute * (matrices - joined if step.joined else matrices)
@@ -156,17 +190,19 @@ def _attention(facts: ModelFacts, step: Pass) -> tuple[float, float]:
         return compute * tokens * 3 * queries + output + wide, 2 * WIDE * square
     if step.device == "cuda":
         # The memory-efficient kernel: inputs, result, log-sum-exp, and the mask as a summand, made in each layer.
-        mask = compute * step.rows * step.length**2 if step.packed else 0
+        mask = compute * step.rows * step.length**2 if step.packed and not facts.position_bias else 0
         return compute * tokens * (queries + 2 * keys) + output + WIDE * tokens * facts.num_attention_heads + mask, 0
     if _own_cpu_kernel(facts, step):
         seen = _seen(facts, step) / step.length**2 * square
         widest = 2 * square if facts.encoder else 3 * min(1.0, CAUSAL_BLOCK / step.length) * square
         return compute * tokens * 3 * queries + output + compute * seen, compute * widest
-    mask = compute * step.rows * step.length**2 if step.packed else 0
+    mask = compute * step.rows * step.length**2 if step.packed and not facts.position_bias else 0
     if facts.attention_dropout:  # no fused kernel on a CPU: probabilities, what is dropped, and what is left
         left = compute * tokens * 3 * queries + (2 * WIDE + compute) * square
         return left + output + mask, 2 * WIDE * square
     raw = compute * tokens * (queries + 2 * keys)
+    if facts.learned_bias:  # the products one by one: scaled queries and keys, values, probabilities
+        return raw + 2 * output + (2 if step.cast else 1) * compute * square, 2 * compute * square
     if facts.num_key_value_heads != facts.num_attention_heads:
         inputs = compute * tokens * 3 * queries + (0 if facts.rotary else raw * step.joined)
     elif facts.rotary:
@@ -179,7 +215,7 @@ def _attention(facts: ModelFacts, step: Pass) -> tuple[float, float]:
 
 def _own_cpu_kernel(facts: ModelFacts, step: Pass) -> bool:
     square = step.rows * facts.num_attention_heads * step.length**2
-    if facts.attention_dropout or square > LARGEST_SQUARE or step.length < 16:
+    if facts.attention_dropout or facts.learned_bias or square > LARGEST_SQUARE or step.length < 16:
         return False
     return step.cast or (not facts.encoder and step.length >= SHORTEST_FLOAT32_ROW)
 
@@ -204,30 +240,44 @@ def masks(facts: ModelFacts, step: Pass) -> float:
 
 
 def outside_stack(facts: ModelFacts, step: Pass) -> float:
-    """Bytes kept by the embeddings' norm, the final norm and the rotary tables."""
-    stream = WIDE * step.tokens * facts.hidden_size
+    """Bytes kept by the embeddings' norm and projection, the final norm, rotary tables and biases by position."""
+    stream, narrow = WIDE * step.tokens * facts.hidden_size, WIDE * step.tokens * facts.embedding_size
     kept = 0.0
     if facts.embedding_norm:
-        kept += stream + _norm(facts, step)
-        kept += stream if not step.cast and not facts.first_norm else 0  # the first block's product takes its result
+        kept += narrow + _norm(facts, step)
+        kept += narrow if not step.cast and not facts.first_norm else 0  # the first block's product takes its result
+    if facts.embedding_size != facts.hidden_size:
+        kept += step.compute * step.tokens * facts.embedding_size
     if not facts.post_norm:
         kept += stream + _norm(facts, step)
     if facts.rotary:
         kept += len(set(facts.local_layers)) * WIDE * step.tokens * facts.head_dim
-    return kept
+    if facts.position_bias:
+        kept += _position_bias(facts, step)
+    return kept + (stream if facts.headless else 0)  # what the decoder looks at
+
+
+def _position_bias(facts: ModelFacts, step: Pass) -> float:
+    """The bias of each head, added to what the mask closes, once for all layers of a kind."""
+    kinds, square = len(set(facts.local_layers)), facts.num_attention_heads * step.length**2
+    return kinds * (WIDE + step.compute * (step.rows if step.packed else 1)) * square
 
 
 def head(facts: ModelFacts, step: Pass) -> Head:
-    """The token head with its loss, in chunks; gradients are made in the forward pass and scaled in the backward pass.
+    """The head with its loss.
 
-    Source: `models.losses`.
+    Of tokens in chunks; gradients are made in the forward pass and scaled in the backward pass (`models.losses`).
     """
-    compute, hidden, vocabulary = step.compute, facts.hidden_size, facts.vocab_size
+    if facts.headless:
+        return Head()
+    if facts.detects:
+        return _detection(facts, step)
+    compute, hidden, width, vocabulary = step.compute, facts.hidden_size, facts.head_width, facts.vocab_size
     targets = step.target_share * step.tokens
     last_hidden = WIDE * step.tokens * hidden
-    kept = 0.0
-    if facts.encoder:  # index, dense, activation, norm on the targets alone
-        kept = targets * hidden * (WIDE + (4 * compute if step.cast else 3 * WIDE)) + 8 * targets
+    kept = WIDE * targets * hidden + 8 * targets if facts.encoder else 0.0  # index
+    if facts.head_transform:  # dense, activation, norm
+        kept += compute * targets * (hidden + 3 * width) if step.cast else 3 * WIDE * targets * width
     rows = min(targets, max(64, CHUNK_ELEMENTS // vocabulary))
     chunks = 2 if targets > rows else 1
     logits = compute * rows * vocabulary
@@ -235,9 +285,17 @@ def head(facts: ModelFacts, step: Pass) -> Head:
     # fp32 scores (where logits are narrower) and probabilities; those of the block before live until they are replaced
     wide = block_rows * vocabulary * WIDE * ((1 + step.cast) + (block_rows < rows))
     product = compute * facts.head_size
-    gradients = compute * targets * hidden + WIDE * facts.head_size
+    gradients = compute * targets * width + WIDE * facts.head_size
     matrix = compute * facts.head_size if step.cast else 0
-    part = compute * rows * hidden if step.cast else 0
+    part = compute * rows * width if step.cast else 0
     running = max(chunks * logits + wide, logits + product) + matrix + part
-    scaled = WIDE * facts.head_size + WIDE * targets * hidden + (compute * targets * hidden if step.cast else 0)
-    return Head(forward=last_hidden + gradients + running, backward=gradients + scaled, kept=kept)
+    scaled = WIDE * facts.head_size + WIDE * targets * width + (compute * targets * width if step.cast else 0)
+    return Head(last_hidden + gradients + running, gradients + scaled, kept, gradients)
+
+
+def _detection(facts: ModelFacts, step: Pass) -> Head:
+    """A discriminator's head: dense, activation and a number for each token."""
+    stream = step.tokens * facts.hidden_size
+    kept = 3.0 * step.compute * stream  # what comes in, and the results of both
+    last_hidden = WIDE * stream if step.cast else 0
+    return Head(last_hidden, 2.0 * step.compute * stream, kept)

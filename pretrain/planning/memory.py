@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from pretrain.planning.activations import WIDE, Block, Pass, block, head, masks, outside_stack
+from pretrain.planning.activations import WIDE, Block, Head, Pass, block, head, masks, outside_stack
 from pretrain.planning.facts import ModelFacts
 from pretrain.planning.gpus import GIB
 
@@ -183,51 +183,38 @@ def _moments_of_a_step(
     facts: ModelFacts, step: Pass, layout: Layout, held: State, optimizer: str, accumulating: bool
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """(Name, bytes by part beside what is always there) of each moment that may be the peak."""
-    blocks = [block(facts, step, layer) for layer in range(facts.num_hidden_layers)]
-    inputs = WIDE * step.tokens * facts.hidden_size
-    kept = [inputs if step.checkpointing else each.kept for each in blocks]
-    copies = [0.0 if step.checkpointing else each.weights for each in blocks]
-    cached = sum(each.cached_weights for each in blocks) if step.checkpointing else 0.0
-    edges, top = outside_stack(facts, step), head(facts, step)
-    lasting_masks = masks(facts, step) if step.checkpointing else 0.0
+    stacks = [_stack(each, step.of(each)) for each in facts.stacks]
+    inputs = WIDE * step.of(facts).tokens * facts.hidden_size
     early = held.gradients if accumulating else 0.0
     layer_bytes = WIDE * max(facts.layer_sizes, default=0) if layout.gathers else 0.0
-    whole = WIDE * facts.outside if layout.gathers else 0.0  # embeddings, final norm, head: through the whole step
-    activations = sum(kept) + edges + lasting_masks
-    yield (
-        "last block, forward",
-        {
-            "gradients": early,
-            "gathered": whole + 3 * layer_bytes,  # in use, and the next one as it came and as it is cut up
-            "copies": sum(copies) + cached,
-            "activations": activations + masks(facts, step) - lasting_masks,
-            "workspace": inputs + (blocks[-1].kept if step.checkpointing else 0.0),
-        },
-    )
-    base = {"gradients": early, "gathered": whole + layer_bytes, "activations": activations + top.kept}
-    yield "head, forward", base | {"copies": sum(copies) + cached, "head": top.forward}
-    yield "head, backward", base | {"copies": sum(copies), "head": top.backward}
-    above = WIDE * facts.head_size
-    for layer in reversed(range(facts.num_hidden_layers)):
-        here: Block = blocks[layer]
-        again = here.kept + here.weights if step.checkpointing else 0.0
-        extra = max(here.mlp_extra, here.attention_extra - here.mlp) + again
-        done = 0.0 if accumulating else _share(held, facts, sum(facts.layer_sizes[layer + 1 :]))
+    whole = WIDE * facts.outside if layout.gathers else 0.0  # embeddings, norms, heads: through the whole step
+    below = _Under()
+    for stack in stacks:
+        activations = below.activations + sum(stack.kept) + stack.edges + stack.lasting_masks
+        copies = below.copies + sum(stack.copies) + below.cached + stack.cached
         yield (
-            f"block {layer}, backward",
+            "last block, forward",
             {
-                # Where parts are kept, the whole gradients of the block before are still on their way.
-                "gradients": early + done + above + (layer_bytes if layer + 1 < len(blocks) else 0.0),
-                "gathered": whole + 3 * layer_bytes,
-                "copies": sum(copies[: layer + 1]),
-                "activations": sum(kept[: layer + 1]) + edges + lasting_masks,
-                "workspace": extra,
+                "gradients": early,
+                "gathered": whole + 3 * layer_bytes,  # in use, and the next one as it came and as it is cut up
+                "copies": copies,
+                "activations": activations + stack.masks - stack.lasting_masks,
+                "head": below.head,
+                "workspace": stack.inputs + (stack.blocks[-1].kept if step.checkpointing else 0.0),
             },
         )
+        base = {"gradients": early, "gathered": whole + layer_bytes, "activations": activations + stack.head.kept}
+        if not stack.facts.headless:
+            yield "head, forward", base | {"copies": copies, "head": below.head + stack.head.forward}
+        below = below.over(stack)
+    base |= {"copies": below.copies, "head": below.head + stacks[-1].head.backward - stacks[-1].head.lasting}
+    yield "head, backward", base
+    yield from _backward(facts, stacks, below, (layout, held), (whole, layer_bytes), early if accumulating else None)
     # A tied matrix has its gradient from the head, another from the look-up, and their sum, beside what was there.
     # ZeRO-1 and -2 keep parts alone as `gradients`, so the head's own one comes on top.
     apart = layout.strategy in ("zero1", "zero2")
-    lookup = WIDE * facts.head_size * ((2 if facts.tied else 0) + accumulating + apart)
+    table = max(stack.facts.vocab_size * stack.facts.embedding_size for stack in stacks)
+    lookup = WIDE * table * ((2 if facts.tied else 0) + accumulating + apart)
     yield (
         "embeddings, backward",
         {
@@ -239,6 +226,109 @@ def _moments_of_a_step(
     yield (
         "update",
         {"gradients": held.gradients, "workspace": _update(facts, step, layout, optimizer), "gathered": 0.0},
+    )
+
+
+def _backward(
+    facts: ModelFacts,
+    stacks: list[_Stack],
+    below: _Under,
+    where: tuple[Layout, State],
+    gathered: tuple[float, float],
+    early: float | None,
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The backward pass of each block, the last stack first; `below` is what lies over all of them."""
+    (_, held), (whole, layer_bytes) = where, gathered
+    last = sum(stack.facts.num_hidden_layers for stack in stacks) - 1
+    number = last
+    ended = 0.0  # elements of blocks whose gradients are there
+    for stack in reversed(stacks):
+        below = below.without(stack)
+        own, step = stack.facts, stack.step
+        above = WIDE * own.head_size
+        # A decoder's look at the encoder leaves the gradient of all that it saw.
+        seen = WIDE * step.rows * step.memory_length * own.hidden_size
+        for layer in reversed(range(own.num_hidden_layers)):
+            here: Block = stack.blocks[layer]
+            again = here.kept + here.weights if step.checkpointing else 0.0
+            extra = max(here.mlp_extra, here.attention_extra - here.mlp) + again
+            done = 0.0 if early is not None else _share(held, facts, ended)
+            yield (
+                f"block {number}, backward",
+                {
+                    # Where parts are kept, the whole gradients of the block before are still on their way.
+                    "gradients": (early or 0.0) + done + above + (layer_bytes if number < last else 0.0),
+                    "gathered": whole + 3 * layer_bytes,
+                    "copies": below.copies + sum(stack.copies[: layer + 1]),
+                    "activations": below.activations + sum(stack.kept[: layer + 1]) + stack.edges + stack.lasting_masks,
+                    "head": below.head,
+                    "workspace": extra + seen,
+                },
+            )
+            if layer + 1 == own.num_hidden_layers or own.block_of(layer) != own.block_of(layer + 1):
+                ended += facts.layer_sizes[own.block_of(layer)]
+            number -= 1
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """One stack of a model in a step; bytes."""
+
+    facts: ModelFacts
+    step: Pass
+    blocks: list[Block]
+    kept: list[float]
+    copies: list[float]
+    cached: float
+    edges: float
+    masks: float
+    lasting_masks: float
+    inputs: float
+    head: Head
+
+
+@dataclass(frozen=True)
+class _Under:
+    """Bytes that the stacks which have run keep for their backward pass."""
+
+    activations: float = 0.0
+    copies: float = 0.0
+    cached: float = 0.0
+    head: float = 0.0
+
+    def over(self, stack: _Stack) -> _Under:
+        """With one more stack."""
+        return self._changed(stack, 1)
+
+    def without(self, stack: _Stack) -> _Under:
+        """Without the last one."""
+        return self._changed(stack, -1)
+
+    def _changed(self, stack: _Stack, sign: int) -> _Under:
+        lasting = sum(stack.kept) + stack.edges + stack.lasting_masks + stack.head.kept
+        return _Under(
+            self.activations + sign * lasting,
+            self.copies + sign * sum(stack.copies),
+            self.cached + sign * stack.cached,
+            self.head + sign * stack.head.lasting,
+        )
+
+
+def _stack(facts: ModelFacts, step: Pass) -> _Stack:
+    blocks = [block(facts, step, layer) for layer in range(facts.num_hidden_layers)]
+    inputs = WIDE * step.tokens * facts.hidden_size
+    return _Stack(
+        facts,
+        step,
+        blocks,
+        kept=[inputs if step.checkpointing else each.kept for each in blocks],
+        copies=[0.0 if step.checkpointing else each.weights for each in blocks],
+        cached=sum(each.cached_weights for each in blocks) if step.checkpointing else 0.0,
+        edges=outside_stack(facts, step),
+        masks=masks(facts, step),
+        lasting_masks=masks(facts, step) if step.checkpointing else 0.0,
+        inputs=inputs,
+        head=head(facts, step),
     )
 
 

@@ -131,18 +131,23 @@ def step_time(
     links: Links | None = None,
 ) -> StepTime:
     """Seconds of an optimizer step of so many micro-batches on each device."""
-    tokens = step.tokens * micro_steps
-    multiplied = sum(facts.layer_matrices) * tokens
-    headed = (facts.head_size + (facts.hidden_size**2 if facts.encoder else 0)) * tokens * step.target_share
     again = 1 if step.checkpointing else 0
+    multiplied = headed = squares = seen = kept = logits = 0.0
+    for stack in facts.stacks:
+        part = step.of(stack)
+        tokens = part.tokens * micro_steps
+        multiplied += _multiplied(stack, part) * micro_steps
+        headed += (stack.head_size + stack.transform_size) * tokens * (1.0 if stack.detects else part.target_share)
+        across = stack.num_hidden_layers * part.memory_length if stack.crosses else 0
+        squares += (stack.num_hidden_layers * part.length + across) * stack.query_width * tokens
+        keys = sum(_keys(stack, part, local) for local in stack.local_layers)
+        seen += (keys + across) * stack.query_width * tokens
+        kept += sum(block(stack, part, layer).kept for layer in range(stack.num_hidden_layers)) * micro_steps
+        logits += (stack.vocab_size if stack.head_size else 0) * tokens * part.target_share
     products = (6 + 2 * again) * multiplied + 6 * headed
-    # A window saves nothing where the mask is dense, but MFU counts the keys in it alone.
-    squares = facts.num_hidden_layers * step.length * facts.query_width * tokens
-    seen = sum(_keys(facts, step, local) for local in facts.local_layers) * facts.query_width * tokens
-    # Forward two products, backward five, one of which makes the scores again; kernels on a CPU keep them.
+    # A window saves nothing where the mask is dense, but MFU counts the keys in it alone. Forward two products,
+    # backward five, one of which makes the scores again; kernels on a CPU keep them.
     attention = (14 if step.device == "cuda" else 12) * squares + 4 * again * squares
-    kept = sum(block(facts, step, layer).kept for layer in range(facts.num_hidden_layers)) * micro_steps
-    logits = facts.vocab_size * tokens * step.target_share
     traffic = kept * rates.passes * (1 + 0.4 * again) + logits * rates.logit_bytes
     copies = (WIDE + 2 * step.compute) * sum(facts.layer_matrices) * micro_steps if step.cast else 0.0
     updated = facts.trainable / _updating(layout)
@@ -154,11 +159,17 @@ def step_time(
         attention=attention / rates.attention,
         traffic=(traffic + copies) / rates.memory,
         update=update,
-        host=rates.launch * facts.num_hidden_layers * micro_steps * (1 + again / 3),
+        host=rates.launch * sum(stack.num_hidden_layers for stack in facts.stacks) * micro_steps * (1 + again / 3),
         communication=0.0 if links is None else _communication(facts, layout, links, compute, micro_steps, optimizer),
         scaling=1.0 if links is None else (1 - links.scale_loss) ** -max(0.0, math.log2(layout.world / 8)),
         flops=6 * multiplied + 6 * headed + 12 * seen,
     )
+
+
+def _multiplied(stack: ModelFacts, step: Pass) -> float:
+    """Multiplied elements of a stack, as often as a position passes them; a decoder's look makes keys of the input."""
+    across = 2 * stack.num_hidden_layers * stack.hidden_size * stack.key_width if stack.crosses else 0
+    return step.tokens * (stack.multiplied - across) + step.rows * step.memory_length * across
 
 
 def _keys(facts: ModelFacts, step: Pass, local: bool) -> int:

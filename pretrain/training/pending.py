@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from pretrain.config import TrainConfig
 from pretrain.training.engines import Engine
 from pretrain.training.feed import MicroBatch
 from pretrain.training.guard import Guard, GuardState, Verdict
+from pretrain.training.parts import Parts
 
 Agree = Callable[..., Sequence[float]]
 """The sums over all ranks of the given numbers, through the host; every rank calls it once a step."""
@@ -50,6 +51,7 @@ class Sent:
         since: when the wait for its data began, by `time.perf_counter`.
         waited: seconds that its data let this rank wait.
         micro_batches: of this rank.
+        parts: what its forward passes said of themselves.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Sent:
     since: float
     waited: float
     micro_batches: Sequence[MicroBatch]
+    parts: Parts = field(default_factory=Parts)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from pretrain.training.guard import GuardState
 class Progress:
     """Where a run stands; a checkpoint holds it.
 
-    `tokens` counts positions, `text_tokens` leaves out padding. `arithmetic` is precision and device as they were
-    resolved, `split` the engine and its processes. `changes` tells what was changed on the way: step, key, before,
-    after.
+    `tokens` counts positions, `text_tokens` leaves out padding. `first_scores` are those of step 0. `arithmetic` is
+    precision and device as they were resolved, `split` the engine and its processes. `changes` tells what was changed
+    on the way: step, key, before, after.
     """
 
     run_id: str
@@ -32,6 +32,7 @@ class Progress:
     seconds: float = 0.0
     micro_batch: int = 0
     best: dict[str, float] | None = None
+    first_scores: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     scored_at: int | None = None
     arithmetic: str = ""

@@ -32,13 +32,14 @@ from pretrain.planning.facts import ModelFacts
 from pretrain.ranks import Ranks
 from pretrain.runtime import StopSignals, peak_memory_bytes, set_seed
 from pretrain.training import checkpoint
-from pretrain.training.engines import make_engine
+from pretrain.training.engines import Engine, make_engine
 from pretrain.training.engines.job import Job, open_job
 from pretrain.training.feed import Data, Feed, MicroBatch, counts_of, divisors
 from pretrain.training.flops import peak_flops
 from pretrain.training.guard import Guard, error, message
 from pretrain.training.metrics import JsonLines, Metrics, open_metrics
 from pretrain.training.micro_batch import choose_micro_batch
+from pretrain.training.parts import Parts
 from pretrain.training.pending import Known, Sent, make_road
 from pretrain.training.progress import Progress, Result, budget_minutes, steps_of
 from pretrain.training.records import fixed_steps
@@ -106,7 +107,8 @@ class Trainer:
     Args:
         config: the run configuration.
         model: any module whose `forward(**batch, num_items_in_batch=n)` returns an object with `.loss`, the sum of
-            the token losses over n; where batches have item counts it is given `item_counts` too, by name.
+            the token losses over n; where batches have item counts it is given `item_counts` too, by name. What else
+            a step is to log stands in the output's `parts`: (2,) tensors by name, a sum and its divisor.
         data: the data plane.
         optimizer: its groups hold `initial_lr`, which the schedule scales.
         store: writes and reads the model.
@@ -118,6 +120,7 @@ class Trainer:
         inputs: digests of what is trained on; every checkpoint holds them.
         console: where progress is shown.
         job: the processes of the run and what they run on; opened when left out.
+        at_start: called with the engine before step 0 of a new run; returns a line about what it did.
     """
 
     def __init__(
@@ -136,8 +139,10 @@ class Trainer:
         inputs: Mapping[str, str] | None = None,
         console: Console | None = None,
         job: Job | None = None,
+        at_start: Callable[[Engine], str] | None = None,
     ) -> None:
         self.config = config
+        self.at_start = at_start
         self.directory = directory or config.directory / "train"
         self.console = console or Console(stderr=True)
         self.evaluators = dict(evaluators or {})
@@ -204,6 +209,8 @@ class Trainer:
         steps = self._total_steps()
         for line in self.data.for_run(steps):
             self.console.print(line, highlight=False)
+        if self.at_start is not None:  # after the steps by which a budget of time is measured
+            self.console.print(self.at_start(self.engine), highlight=False, markup=False)
         run_id = self.ranks.broadcast(uuid.uuid4().hex[:12])
         arithmetic = self.saver.arithmetic
         return Progress(run_id=run_id, total_steps=steps, micro_batch=self.micro_batch, arithmetic=arithmetic)
@@ -268,13 +275,16 @@ class Trainer:
         self.slow_ranks.arrive(waited)
         own = counts_of(micro_batches)
         *counts, num_tokens = self.ranks.sum([*own.values(), sum(batch.num_tokens for batch in micro_batches)])
-        share = self._backward(micro_batches, dict(zip(own, counts, strict=True)))
+        parts = Parts()
+        share = self._backward(micro_batches, dict(zip(own, counts, strict=True)), parts)
         progress.step += 1
         progress.samples += self.config.rows_per_batch
         progress.tokens += self.config.train.batch_tokens
         progress.text_tokens += int(num_tokens)
-        sent = Sent(progress.step, progress.tokens, int(num_tokens), scale, since, waited, micro_batches)
+        sent = Sent(progress.step, progress.tokens, int(num_tokens), scale, since, waited, micro_batches, parts)
         all_known = self.road.update(progress.guard, sent, share, self.slow_ranks.noticing(stop.agree))
+        if self._is_logged(progress.step, progress.total_steps):
+            parts.send(self.ranks.world)
         slow = self.slow_ranks.look(progress.step)
         self.slow_ranks.leave()
         for line in slow:
@@ -306,12 +316,19 @@ class Trainer:
         seconds = known.at - max(sent.since, self._known_at)
         self._known_at = known.at
         progress.seconds += seconds
-        if verdict.why or sent.step % self.config.log.every == 0 or sent.step == progress.total_steps:
-            metrics.write(sent.step, self._numbers(known, seconds, progress.seconds) | verdict.numbers())
+        logged = self._is_logged(sent.step, progress.total_steps)
+        if verdict.why or logged:
+            parts = sent.parts.numbers() if logged else {}
+            metrics.write(sent.step, self._numbers(known, seconds, progress.seconds) | parts | verdict.numbers())
         if verdict.why and (verdict.why != "overflow" or verdict.stop):
             self._report(progress, known)
 
-    def _backward(self, micro_batches: Sequence[MicroBatch], counts: Mapping[str, float]) -> Tensor:
+    def _is_logged(self, step: int, total_steps: int) -> bool:
+        return step % self.config.log.every == 0 or step == total_steps
+
+    def _backward(
+        self, micro_batches: Sequence[MicroBatch], counts: Mapping[str, float], parts: Parts | None = None
+    ) -> Tensor:
         """The gradient of the global batch (`counts`: over all ranks); returns this rank's share of its loss."""
         self.engine.model.train()
         by = divisors(counts)
@@ -321,7 +338,10 @@ class Trainer:
 
             def share(tensors: dict[str, Tensor] = tensors) -> Tensor:
                 with self.slow_ranks.computing():
-                    loss: Tensor = self.engine.model(**tensors, **by).loss
+                    output = self.engine.model(**tensors, **by)
+                if parts is not None:
+                    parts.add(output)
+                loss: Tensor = output.loss
                 return loss
 
             total += self.engine.backward(share, last=number == len(micro_batches))
@@ -464,6 +484,8 @@ class Trainer:
             checkpoint.restore_rng(rng)
             self.engine.evaluated()
         progress.scores, progress.scored_at = self.ranks.broadcast(scores), progress.step
+        if progress.step == 0:
+            progress.first_scores = progress.scores
         if progress.scores:
             metrics.write(progress.step, progress.scores)
 

@@ -17,6 +17,7 @@ ARCHITECTURE_NAMES = ENCODERS + DECODERS
 TABLES_OF_THEIR_OWN = ["electra", "modernbert", "eurobert", *DECODERS]
 """Designs whose stock class holds a token head that is not tied."""
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 _SIZES: dict[str, dict[str, Any]] = {
     "electra": {"embedding_size": 16},
     "albert": {"embedding_size": 16},
@@ -87,3 +88,27 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 def relative(first: Tensor, second: Tensor) -> float:
     """Largest difference over the largest value."""
     return float((first - second).detach().abs().max() / second.detach().abs().max())
+
+
+def assert_same_logits(loom: Any, stock: Any) -> None:
+    """Without a mask and with padding, by the backends of both."""
+    ids = tokens(3, 40)
+    mask = torch.ones(3, 40, dtype=torch.long)
+    mask[1, 29:] = 0
+    mask[2, 4:] = 0
+    for backend in ("eager", "sdpa"):
+        loom.set_attn_implementation(backend)
+        stock.set_attn_implementation(backend)
+        with torch.no_grad():
+            assert relative(loom(input_ids=ids).logits, stock(input_ids=ids).logits) < 1e-5
+            ours, theirs = (model(input_ids=ids, attention_mask=mask).logits for model in (loom, stock))
+        assert relative(ours[mask == 1], theirs[mask == 1]) < 1e-5
+
+
+def assert_configs_equal(first: Any, second: Any) -> None:
+    """But for what names the class and how it is stored."""
+    ignored = {"architectures", "_name_or_path", "loom", "dtype"}
+    ours, theirs = (
+        {key: value for key, value in config.to_dict().items() if key not in ignored} for config in (first, second)
+    )
+    assert ours == theirs

@@ -398,6 +398,22 @@ def attend(
 # --- the small parts ---------------------------------------------------------------------------------------------
 
 
+def slow_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """Softmax attention in plain loops: (B, heads, L, D) each, allowed (B, L, L) bool."""
+    batch, heads, length, _ = query.shape
+    mixed = torch.zeros_like(query)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(length):
+                seen = [j for j in range(length) if allowed[b, i, j]]
+                scores = [float(query[b, h, i] @ key[b, h, j]) * scale for j in seen]
+                top = max(scores)
+                weights = [math.exp(score - top) for score in scores]
+                for weight, j in zip(weights, seen, strict=True):
+                    mixed[b, h, i] += weight / sum(weights) * value[b, h, j]
+    return mixed
+
+
 def mlp(settings: Settings, weights: Weights, name: str, states: Tensor) -> Tensor:
     """Plain: W2 f(W1 x). Gated (Shazeer 2020): W2 (f(W x) * V x)."""
     name = name + "mlp."

@@ -18,6 +18,7 @@ from loom_builders import (
     tiny_model,
     tokens,
 )
+from reference import slow_attention
 
 from pretrain.models import CAPABILITIES, pick_backend
 from pretrain.models.attention import BACKENDS, apply_rotary
@@ -25,22 +26,6 @@ from pretrain.models.cpu_kernels import cpu_attention
 from pretrain.models.masks import AttentionMask, build_masks
 from pretrain.models.mixers import Geometry
 from pretrain.models.positions import document_positions, rotary_tables
-
-
-def slow_attention(query, key, value, allowed, scale):
-    """Softmax attention in plain loops over float64: (B, heads, L, D), allowed (B, L, L) bool."""
-    batch, heads, length, _ = query.shape
-    mixed = torch.zeros_like(query)
-    for b in range(batch):
-        for h in range(heads):
-            for i in range(length):
-                seen = [j for j in range(length) if allowed[b, i, j]]
-                scores = [float(query[b, h, i] @ key[b, h, j]) * scale for j in seen]
-                top = max(scores)
-                weights = [math.exp(score - top) for score in scores]
-                for weight, j in zip(weights, seen, strict=True):
-                    mixed[b, h, i] += weight / sum(weights) * value[b, h, j]
-    return mixed
 
 
 def random_heads(length: int, dtype=torch.float64):
@@ -265,7 +250,8 @@ def test_local_layers_look_at_the_window_alone() -> None:
     changed = states.clone()
     changed[:, 15] += 1.0
     with torch.no_grad():
-        difference = (local(states, inputs) - local(changed, inputs)).abs().sum(-1)[0]
+        first, second = (local(given, mixer_input=inputs) for given in (states, changed))
+    difference = (first - second).abs().sum(-1)[0]
     assert difference.nonzero().flatten().tolist() == list(range(11, 20))  # local_window 8: four on each side
 
 

@@ -180,6 +180,8 @@ def test_the_mlp_width_follows_the_architecture(architecture: str, hidden: int, 
         ("transformer", {"num_decoder_layers": 0}, "num_decoder_layers must be"),
         ("gpt2", {"num_decoder_layers": 2}, "unknown model key 'num_decoder_layers'"),
         ("gpt2", {"mixer": "atention"}, "mixer 'atention' is unknown"),
+        ("transformer", {"initializer_range": 0.01}, "range 0.01 does nothing .*xavier_uniform.*leave it out"),
+        ("gpt2", {"initializer": "xavier_uniform", "initializer_range": 0.1}, "initializer_range 0.1 does nothing"),
     ],
 )
 def test_impossible_configs_are_refused_with_the_key(architecture: str, keys, message: str) -> None:

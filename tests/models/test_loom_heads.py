@@ -5,12 +5,24 @@ Formulas are in float64 on hidden states of the stack, which has its own tests.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from loom_builders import documents, relative, tiny_config, tiny_model, tokens
+from family_page import AGAIN, written
+from head_cases import (
+    DECODER_FAMILIES,
+    DECODER_TASKS,
+    ENCODER_FAMILIES,
+    ENCODER_TASKS,
+    head_batch,
+    head_model,
+    linear,
+    logits_error,
+    logits_of,
+    written_loss,
+)
+from loom_builders import documents, relative, tiny_config, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional
@@ -29,8 +41,6 @@ from transformers.utils import logging
 
 from pretrain.models import model_class, model_from_config, register_hub_code
 
-SMALL = {"num_hidden_layers": 2, "num_labels": 3, "pad_token_id": 0}
-FAMILIES = ["bert", "roberta", "electra", "albert", "modernbert", "eurobert"]
 HEADS = [
     *((family, task) for family in ("bert", "modernbert", "electra") for task in ("classification", "multiple_choice")),
     *((family, task) for family in ("bert", "modernbert") for task in ("token_classification", "question_answering")),
@@ -40,100 +50,27 @@ HEADS = [
 ]
 
 
-def head_model(architecture: str, task: str, **keys: Any) -> Any:
-    labels = keys.pop("num_labels", 3)
-    sizes = {key: value for key, value in SMALL.items() if key != "num_labels"}
-    if architecture == "modernbert-decoder":
-        sizes["local_window"] = 8
-    config = tiny_config(architecture, **(sizes | keys))
-    config.num_labels = labels
-    model = model_class(config, task)(config)
-    like = tiny_model(architecture, **(sizes | keys))  # for its random weights
-    randomized = dict(like.named_parameters())
-    with torch.no_grad():
-        for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
-            source = randomized.get(name)
-            generator = torch.Generator().manual_seed(index)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 if source is None else source)
-    return model.double().eval()
-
-
-def head_batch(task: str, rows: int = 4, length: int = 9) -> dict[str, Tensor]:
-    """A padded batch and its targets; one row is shorter."""
-    shape = (rows, 2, length) if task == "multiple_choice" else (rows, length)
-    ids = tokens(math.prod(shape[:-1]), length).view(shape)
-    mask = torch.ones(shape, dtype=torch.long)
-    mask[1, ..., length - 3 :] = 0
-    batch = {"input_ids": ids * mask, "attention_mask": mask}
-    if task == "token_classification":
-        batch["labels"] = (tokens(rows, length, seed=3) % 3).masked_fill(mask == 0, -100)
-    elif task == "question_answering":
-        batch |= {"start_positions": torch.arange(rows) % 4, "end_positions": torch.arange(rows) % 4 + 2}
-    elif task == "multiple_choice":
-        batch["labels"] = torch.arange(rows) % 2
-    elif task == "sentence_pretraining":
-        batch["labels"] = tokens(rows, length, seed=3).masked_fill(tokens(rows, length, seed=4) % 3 != 0, -100)
-        batch["next_sentence_label"] = torch.arange(rows) % 2
-    else:
-        batch["labels"] = torch.arange(rows) % 3
-    return batch
-
-
-def logits_of(output: Any) -> Tensor:
-    if "start_logits" in output:
-        return torch.stack((output.start_logits, output.end_logits), dim=-1)
-    return output.logits if "logits" in output else output.seq_relationship_logits
-
-
-def linear(model: Any, name: str, states: Tensor) -> Tensor:
-    module = model.get_submodule(name)
-    return states @ module.weight.T + (0 if module.bias is None else module.bias)
-
-
-def act(name: str, states: Tensor) -> Tensor:
-    return functional.gelu(states, approximate="tanh" if name == "gelu_new" else "none") if "gelu" in name else states
-
-
-def normed(model: Any, states: Tensor) -> Tensor:
-    centred = states - states.mean(-1, keepdim=True)
-    norm = model.head.norm
-    out = centred / (centred.pow(2).mean(-1, keepdim=True) + model.config.norm_eps).sqrt() * norm.weight
-    return out if norm.bias is None else out + norm.bias
-
-
-@pytest.mark.parametrize("task", ["classification", "token_classification", "question_answering", "multiple_choice"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", ENCODER_TASKS)
+@pytest.mark.parametrize("family", ENCODER_FAMILIES)
 def test_each_family_scores_as_it_was_published(family: str, task: str) -> None:
     """Dense layer and tanh or gelu for rows, nothing for tokens; ModernBERT's transform for both; EuroBERT's mean."""
-    model, batch = head_model(family, task), head_batch(task)
-    ids, mask = (batch[name].flatten(0, -2) for name in ("input_ids", "attention_mask"))
+    error = logits_error(family, task)
+    assert error < 1e-12
+    assert error <= written("Heads", f"encoder, {task}", "logits"), AGAIN
+    model = head_model(family, task)
     of_rows = task in ("classification", "multiple_choice")
-    with torch.no_grad():
-        states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        late = family == "eurobert"
-        states = states[:, 0] if of_rows and not late else states
-        if family == "modernbert":
-            states = normed(model, act("gelu", linear(model, "head.dense", states)))
-        elif of_rows:
-            states = linear(model, "pooler.dense", states)
-            states = states.tanh() if family in ("bert", "roberta", "albert") else act("gelu", states)
-        wanted = linear(model, "qa_outputs" if task == "question_answering" else "classifier", states)
-        if of_rows and late:
-            wanted = (wanted * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        found = logits_of(model(**batch))
-    assert relative(found, wanted.view_as(found)) < 1e-12
     outside = {name.split(".")[0] for name, _ in model.named_parameters()} - {"model"}
     before = "head" if family == "modernbert" else "pooler" if of_rows else ""
     assert outside == {"qa_outputs" if task == "question_answering" else "classifier", before} - {""}
 
 
-def test_a_decoder_with_a_transform_scores_through_it() -> None:
-    model, batch = head_model("modernbert-decoder", "classification"), head_batch("classification")
-    with torch.no_grad():
-        states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        last = states[torch.arange(4), batch["attention_mask"].sum(1) - 1]
-        wanted = linear(model, "score", normed(model, act("gelu", linear(model, "head.dense", last))))
-        assert relative(model(**batch).logits, wanted) < 1e-12
+@pytest.mark.parametrize("task", DECODER_TASKS)
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_a_decoder_scores_each_token_or_the_last(family: str, task: str) -> None:
+    """Through a transform where the family has one."""
+    error = logits_error(family, task)
+    assert error < 1e-12
+    assert error <= written("Heads", f"decoder, {task}", "logits"), AGAIN
 
 
 @pytest.mark.parametrize(("pooling", "left"), [("cls", True), ("mean", True), ("mean", False), ("late", True)])
@@ -149,20 +86,6 @@ def test_padding_on_either_side_is_not_pooled(pooling: str, left: bool) -> None:
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------
-
-
-def written_loss(task: str, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """The summed loss and the number of labels, in words of log-softmax."""
-
-    def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-        chosen = scores.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        return -(chosen * (labels != -100)).sum()
-
-    if task == "question_answering":
-        starts, ends = logits.unbind(-1)
-        both = cross_entropy(starts, batch["start_positions"]) + cross_entropy(ends, batch["end_positions"])
-        return both / 2, logits.shape[0]
-    return cross_entropy(logits, batch["labels"]), int((batch["labels"] != -100).sum())
 
 
 @pytest.mark.parametrize(("architecture", "task"), [head for head in HEADS if head[1] != "sentence_pretraining"])

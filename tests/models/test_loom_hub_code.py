@@ -45,6 +45,11 @@ CASES = [
     ("AutoModelForMaskedLM", "modernbert", {"position_kind": "learned", "first_norm": True}),
     ("AutoModelForCausalLM", "gpt2", {"position_kind": "alibi", "qk_norm": "per_head", "block_kind": "parallel"}),
     ("AutoModelForSeq2SeqLM", "transformer", {"norm_placement": "pre", "position_kind": "relative"}),
+    (
+        "AutoModelForPreTraining",
+        "eurobert",
+        {"task": "replaced_token_detection", "generator_size": 0.5, "qk_norm": "per_head"},
+    ),
 ]
 
 

@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from loom_builders import documents, randomize, relative, tiny_config, tokens
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForPreTraining, AutoModelForSequenceClassification
 
+from pretrain.interop import rules_to_stock, to_stock
 from pretrain.models import (
+    GENERATOR_SIZE,
     LoomEncoderForMaskedLM,
     LoomEncoderForReplacedTokenDetection,
     flops_per_token,
+    join_parts,
     loom_config,
     model_class,
     model_from_config,
@@ -78,7 +82,7 @@ def test_the_loss_is_that_of_the_paper(architecture: str, sharing: str) -> None:
     of_generator = -scores.log_softmax(-1).gather(1, labels[masked][:, None]).mean()
     if sharing == "gradient_disentangled":
         table = model.generator.model.embed_tokens.weight + model.embedding_delta.weight
-        states = model.model(inputs_embeds=table[corrupted] * model.config.embedding_scale, **given)
+        states = model.model(inputs_embeds=table[corrupted], **given)
     else:
         states = model.model(input_ids=corrupted, **given)
     head = model.rtd_head
@@ -92,10 +96,15 @@ def test_the_loss_is_that_of_the_paper(architecture: str, sharing: str) -> None:
     assert output.discriminator_loss.item() == pytest.approx(of_discriminator.item(), rel=1e-9)
     assert output.loss.item() == pytest.approx((of_generator + 50 * of_discriminator).item(), rel=1e-9)
     right = ((logits > 0) == output.is_replaced)[real].double().mean()
-    assert model.last_metrics["accuracy"].item() == pytest.approx(right.item())
-    assert model.last_metrics["generator_loss"].item() == pytest.approx(of_generator.item(), rel=1e-6)
-    assert model.last_metrics["replaced"].item() == pytest.approx(int(output.is_replaced.sum()) / int(real.sum()))
-    assert not any(value.requires_grad for value in model.last_metrics.values())
+    parts = {name: (pair[0] / pair[1]).item() for name, pair in output.parts.items()}
+    assert parts["accuracy"] == pytest.approx(right.item())
+    assert parts["generator_loss"] == pytest.approx(of_generator.item(), rel=1e-9)
+    assert parts["discriminator_loss"] == pytest.approx(of_discriminator.item(), rel=1e-9)
+    assert parts["replaced"] == pytest.approx(int(output.is_replaced.sum()) / int(real.sum()))
+    found = ((logits > 0) & output.is_replaced & real).sum().double()
+    assert parts["detection_precision"] == pytest.approx((found / ((logits > 0) & real).sum()).item(), nan_ok=True)
+    assert parts["detection_recall"] == pytest.approx((found / output.is_replaced.sum()).item())
+    assert not any(pair.requires_grad for pair in output.parts.values())
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------
@@ -261,6 +270,92 @@ def test_which_loss_moves_which_table(sharing: str) -> None:
         assert not theirs - stack
 
 
+SHARED = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+
+
+def stock_pair(model: Any) -> tuple[Any, Any]:
+    """transformers' own classes with both parts of a detector; a table in each, though they share it."""
+    of_discriminator = to_stock(model.discriminator_config(), model.discriminator_state())
+    of_generator = to_stock(model.generator.config, model.generator_state())
+    made = []
+    for found, (config, state) in (
+        (transformers.ElectraForPreTraining, of_discriminator),
+        (transformers.ElectraForMaskedLM, of_generator),
+    ):
+        stock = found(config)
+        assert not stock.load_state_dict(state, strict=False).unexpected_keys
+        stock.tie_weights()
+        stock.electra.embeddings.word_embeddings.padding_idx = None  # a generator draws every token, padding too
+        made.append(stock.double().train())
+    return made[0], made[1]
+
+
+def stock_losses(discriminator: Any, generator: Any, batch: dict[str, Tensor], drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the generator and of the discriminator, without our code."""
+    masked, mask = batch["labels"] != -100, batch["attention_mask"]
+    original = torch.where(masked, batch["labels"], batch["input_ids"])
+    corrupted = original.masked_scatter(masked, drawn)
+    given = {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": batch["labels"]}
+    logits = discriminator(input_ids=corrupted, attention_mask=mask).logits[mask == 1]
+    wanted = (corrupted != original)[mask == 1].double()
+    return generator(**given).loss, functional.binary_cross_entropy_with_logits(logits, wanted)
+
+
+def test_a_shared_table_moves_by_the_sum_of_both_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against transformers' two classes with a table each: its gradient is the generator's plus 50 discriminator's."""
+    model, batch = detector(embedding_size=16), rows()
+    drawn = torch.randint(0, 61, (int((batch["labels"] != -100).sum()),), generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr(modeling_loom_rtd, "draw_tokens", lambda logits, words: drawn)
+    ours = gradients(model, model(**batch).loss)
+    discriminator, generator = stock_pair(model)
+    of_generator, of_discriminator = stock_losses(discriminator, generator, batch, drawn)
+    of_generator.backward()
+    of_discriminator.backward()
+    names = {"word_embeddings": "tokens", "position_embeddings": "positions", "token_type_embeddings": "token_types"}
+    for name, own in names.items():
+        first, second = (getattr(part.electra.embeddings, name).weight.grad for part in (generator, discriminator))
+        assert relative(ours[f"model.embed_{own}.weight"], first + 50 * second) < 1e-12
+        assert relative(first, first + 50 * second) > 1e-3  # each of them is seen
+    _, rules = rules_to_stock(model.discriminator_config(), model.discriminator_state())
+    theirs = dict(discriminator.named_parameters())
+    for rule in rules:
+        if ".embeddings." not in rule.stock:
+            own = rule.join([ours[name] for name in rule.loom])
+            assert torch.allclose(50 * theirs[rule.stock].grad, own, rtol=1e-9, atol=1e-12), rule.stock
+
+
+def test_training_is_that_of_two_stock_classes_with_shared_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps of AdamW in float64, clipped as runs clip, on the tokens that the generator of either side draws."""
+    monkeypatch.setattr(modeling_loom_rtd, "draw_tokens", lambda logits, words: (logits + noise).argmax(-1))
+    model = detector(embedding_size=16, num_hidden_layers=1)
+    discriminator, generator = stock_pair(model)
+    for name in SHARED:
+        setattr(generator.electra.embeddings, name, getattr(discriminator.electra.embeddings, name))
+    generator.generator_lm_head.weight = discriminator.electra.embeddings.word_embeddings.weight
+    theirs = list(dict.fromkeys([*discriminator.parameters(), *generator.parameters()]))
+    ours = list(model.parameters())
+    assert sum(p.numel() for p in ours) == sum(p.numel() for p in theirs)
+    optimizers = [torch.optim.AdamW(parameters, lr=1e-2) for parameters in (ours, theirs)]
+    first = None
+    for step in range(5):
+        batch = rows()
+        noise = torch.rand(1, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).log().neg()
+        noise = -noise.log()
+        output = model(**batch)
+        drawn = output.corrupted_ids[batch["labels"] != -100]
+        losses = stock_losses(discriminator, generator, batch, drawn)
+        assert output.generator_loss.item() == pytest.approx(losses[0].item(), rel=1e-9)
+        assert output.discriminator_loss.item() == pytest.approx(losses[1].item(), rel=1e-9)
+        sums = (output.loss, losses[0] + 50 * losses[1])
+        for loss, parameters, optimizer in zip(sums, (ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        first = first or output.generator_loss.item()
+    assert output.generator_loss.item() < first - 0.3  # on one batch the generator learns
+
+
 def test_the_disentangled_part_starts_at_zero() -> None:
     model = LoomEncoderForReplacedTokenDetection(detector(sharing="gradient_disentangled").config)
     assert not model.embedding_delta.weight.any()
@@ -315,6 +410,48 @@ def test_both_parts_stand_alone(sharing: str) -> None:
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
+def test_published_parts_are_joined_again(sharing: str) -> None:
+    more = {"num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 6, "hidden_dropout": 0.25}
+    model, batch = detector(sharing=sharing, embedding_size=16, generator=more).eval(), rows()
+    parts = model.published_parts()
+    parts[0].config.rtd_sharing = sharing if sharing == "gradient_disentangled" else "tied"  # as a foreign config says
+    joined = join_parts(*parts)
+    assert joined.config.rtd_sharing == sharing
+    assert joined.generator.config.to_dict() == model.generator.config.to_dict()
+    assert joined.all_tied_weights_keys == model.all_tied_weights_keys
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(joined.state_dict()[name], tensor, rtol=0, atol=1e-15), name
+    assert relative(joined(**batch).loss, model(**batch).loss) < 1e-12
+    if sharing == "tied":
+        assert joined.generator.model.embed_tokens.weight is joined.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_a_discriminator_gets_a_new_generator(sharing: str) -> None:
+    model, batch = detector(sharing="none", hidden_size=32).eval(), rows()
+    alone = model.published_parts()[0]
+    torch.manual_seed(0)
+    joined = join_parts(alone, rtd_sharing=sharing, rtd_weight=20.0)
+    assert (joined.config.generator_size, joined.generator.config.hidden_size) == (GENERATOR_SIZE, 8)
+    assert type(model_from_config(joined.config)) is LoomEncoderForReplacedTokenDetection
+    without = {name: value for name, value in batch.items() if name != "labels"}
+    assert relative(joined(**without).logits, alone(**without).logits) < 1e-12
+    table = joined.generator.model.embed_tokens.weight
+    assert torch.equal(table, alone.model.embed_tokens.weight) == (sharing != "none")
+    output = joined(**batch)
+    assert output.loss.item() == pytest.approx((output.generator_loss + 20 * output.discriminator_loss).item())
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    alone = detector().published_parts()[0]
+    for other in (detector(vocab_size=62), detector("bert")):
+        with pytest.raises(ValueError, match="does not belong to a discriminator of electra with 61"):
+            join_parts(alone, other.published_parts()[1])
+    with pytest.raises(ValueError, match=r"generator_size must lie in \(0, 1\], got 2"):
+        join_parts(alone, detector(hidden_size=48, embedding_size=24, generator_size=1).published_parts()[1])
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
 def test_a_larger_vocabulary_reaches_every_table(sharing: str) -> None:
     model, batch = detector(sharing=sharing).eval(), rows()
     before = model(**batch).logits
@@ -344,6 +481,10 @@ def test_published_sizes_of_generators() -> None:
     small = loom_config("electra", **sizes, generator_size=0.25, generator={"num_hidden_layers": 6}).generator_config()
     assert (small.hidden_size, small.num_attention_heads, small.intermediate_size) == (64, 1, 256)
     assert (small.embedding_size, small.num_hidden_layers, small.num_hidden_groups) == (128, 6, 6)
+    tiny = loom_config("electra", hidden_size=16, num_attention_heads=2, generator_size=0.25).generator_config()
+    assert (tiny.hidden_size, tiny.num_attention_heads, tiny.head_dim) == (4, 1, 4)  # heads fill the width, as there
+    uneven = loom_config("electra", hidden_size=80, num_attention_heads=10, generator_size=0.25).generator_config()
+    assert (uneven.hidden_size, uneven.num_attention_heads, uneven.head_dim) == (20, 2, 10)
     own = loom_config("electra", generator_size=1 / 3, rtd_sharing="none").generator_config()
     assert own.embedding_size == own.hidden_size == 256
 

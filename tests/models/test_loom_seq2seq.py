@@ -133,7 +133,7 @@ def test_the_decoder_is_given_the_labels_one_place_later() -> None:
 def test_embeddings_may_be_given_in_place_of_ids() -> None:
     model = seq2seq_model()
     inputs, outputs = tokens(2, 6), tokens(2, 5, seed=1)
-    look_up = model.model.encoder.look_up
+    look_up = model.get_input_embeddings()
     expected = model(input_ids=inputs, decoder_input_ids=outputs).logits
     given = model(inputs_embeds=look_up(inputs), decoder_inputs_embeds=look_up(outputs)).logits
     assert torch.equal(given, expected)
@@ -191,8 +191,8 @@ def test_inputs_padded_on_the_left_equal_the_input_alone(variant: str) -> None:
 def test_no_gradient_reaches_a_neighbour_padding_or_the_future(variant: str, attention: str) -> None:
     model = seq2seq_model(variant, attention=attention)
     inputs, outputs, pieces, output_pieces = packed_batch()
-    source = model.model.encoder.look_up(inputs).detach().requires_grad_()
-    target = model.model.encoder.look_up(outputs).detach().requires_grad_()
+    source = model.model.encoder.embed_tokens(inputs).detach().requires_grad_()
+    target = model.model.encoder.embed_tokens(outputs).detach().requires_grad_()
     logits = model(
         inputs_embeds=source, decoder_inputs_embeds=target, document_ids=pieces, decoder_document_ids=output_pieces
     ).logits

@@ -259,6 +259,11 @@ GROUPS = {"Positions": POSITIONS, "Attention": ATTENTION, "Blocks": BLOCKS, "MLP
 CASES = [(variant, kind) for group in GROUPS.values() for variant in group for kind in variant.kinds]
 
 
+def title_of(variant: Variant) -> str:
+    """The title of the variant's group."""
+    return next(title for title, variants in GROUPS.items() if variant in variants)
+
+
 def case_name(value: object) -> str:
     """The name of a test case."""
     return value.name if isinstance(value, Variant) else str(value)

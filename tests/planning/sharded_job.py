@@ -48,7 +48,7 @@ def run(
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         optimizer = build_optimizer(model, OptimizerConfig(name="adamw", lr=1e-3))
         batch: dict[str, Tensor] = {
-            name: torch.zeros(rows, length, dtype=torch.long) for name in ("input_ids", "position_ids", "shift_labels")
+            name: torch.zeros(rows, length, dtype=torch.long) for name in ("input_ids", "shift_labels")
         }
         counter = LiveTensors()
         counter.know(model.parameters())

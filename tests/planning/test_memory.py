@@ -16,8 +16,9 @@ from pretrain.planning.memory import Layout, memory, state
 from pretrain.training import optim
 from tests.planning.training_step import count_step
 
+SMALL = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 2000}
 # name: architecture, its sizes, rows, row length, and how the step is made
-SHAPES: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
+SHAPES: dict[str, tuple[str, dict[str, Any], int, int, dict[str, Any]]] = {
     "bert, fp32": (
         "bert",
         {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 3000},
@@ -78,6 +79,37 @@ SHAPES: dict[str, tuple[str, dict[str, int], int, int, dict[str, Any]]] = {
         },
         2,
         256,
+        {},
+    ),
+    "albert, bf16, one block for all": ("albert", SMALL | {"embedding_size": 32}, 4, 128, {"bf16": True}),
+    "electra, fp32, a generator that shares its table": (
+        "electra",
+        SMALL | {"embedding_size": 32, "generator_size": 0.25},
+        4,
+        128,
+        {},
+    ),
+    "electra, bf16, a generator of its own": (
+        "electra",
+        SMALL | {"generator_size": 0.5, "rtd_sharing": "none"},
+        2,
+        128,
+        {"bf16": True},
+    ),
+    "transformer, fp32, a deeper decoder": ("transformer", SMALL | {"num_decoder_layers": 5}, 4, 128, {}),
+    "transformer, bf16, checkpointing": ("transformer", SMALL, 8, 64, {"bf16": True, "checkpointing": True}),
+    "t5, bf16": ("t5", SMALL | {"head_dim": 32}, 4, 128, {"bf16": True}),
+    "llama, fp32, parallel, normed queries, windows": (
+        "llama",
+        SMALL
+        | {
+            "block_kind": "parallel_shared_norm",
+            "qk_norm": "per_head",
+            "attention_pattern": ["local", "global"],
+            "local_window": 16,
+        },
+        2,
+        128,
         {},
     ),
     "bert, fp32, StableAdamW": (

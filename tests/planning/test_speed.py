@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.models import flops_per_token, loom_config, model_from_config
+from pretrain.models import flops_per_token, loom_config, model_class, model_from_config
 from pretrain.planning.activations import Pass
 from pretrain.planning.assumptions import assumptions_for
 from pretrain.planning.facts import ModelFacts, model_facts
@@ -37,12 +37,25 @@ def _time(facts: ModelFacts, layout: Layout, *, per_node: int = 8, rows: int = 8
     return step_time(facts, step, layout, rates, links=links, **keys)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "modernbert", "gpt2", "llama"])
-def test_flops_are_those_of_mfu(architecture: str) -> None:
-    config = loom_config(architecture)
-    share = 0.15 if config.kind == "encoder" else 1.0
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("bert", {}),
+        ("modernbert", {}),
+        ("albert", {"num_hidden_groups": 2}),
+        ("electra", {"embedding_size": 64, "generator_size": 0.25}),
+        ("gpt2", {}),
+        ("llama", {}),
+        ("transformer", {"num_decoder_layers": 2}),
+        ("t5", {"embedding_size": 64, "tie_word_embeddings": False, "num_key_value_heads": 3}),
+    ],
+)
+def test_flops_are_those_of_mfu(architecture: str, keys: dict[str, Any]) -> None:
+    config = loom_config(architecture, **keys)
+    share = {"encoder": 0.15, "decoder": 1.0, "seq2seq": 0.25}[config.kind]
+    task = "replaced_token_detection" if "generator_size" in keys else "pretraining"
     with torch.device("meta"):
-        facts = model_facts(model_from_config(config))
+        facts = model_facts(model_class(config, task)(config), target_length=128)
     gpu = find_gpu("h100")
     rates = rates_of(gpu, "bf16", assumptions_for(gpu), compiled=False)
     time = step_time(facts, Pass(4, 512, 2, target_share=share), Layout(), rates, micro_steps=3)

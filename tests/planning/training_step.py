@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import OptimizerConfig
-from pretrain.models import LoomConfig, model_from_config
+from pretrain.models import LoomConfig, model_class
 from pretrain.planning.activations import Pass
 from pretrain.planning.facts import ModelFacts, model_facts
 from pretrain.training.optim import build_optimizer
@@ -31,6 +31,9 @@ def packed_rows(config: LoomConfig, rows: int, length: int) -> tuple[dict[str, T
     documents[:, first:] = 2
     positions = torch.cat([torch.arange(first), torch.arange(length - first)]).repeat(rows, 1)
     batch = {"input_ids": ids, "document_ids": documents, "position_ids": positions}
+    if config.kind == "seq2seq":
+        batch["labels"], batch["decoder_document_ids"] = ids[:, : length // 2], documents[:, : length // 2]
+        return batch, batch["labels"].numel()
     if config.kind == "encoder":
         hidden = torch.rand(rows, length, generator=generator) >= RATE
         targets = batch["labels"] = ids.masked_fill(hidden, -100)
@@ -51,7 +54,8 @@ def count_step(
     micro_steps: int = 1,
 ) -> tuple[ModelFacts, int, Callable[..., Pass]]:
     """Facts of the model, the most bytes of live tensors in its second step, and the pass to plan with."""
-    model = model_from_config(config)
+    detects = getattr(config, "generator_size", None) is not None
+    model = model_class(config, "replaced_token_detection" if detects else "pretraining")(config)
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -78,8 +82,8 @@ def count_step(
         step()
 
     def planned(**changes: Any) -> Pass:
-        share = RATE if config.kind == "encoder" else 1.0
+        share = RATE if config.kind == "encoder" else 1.0  # of a decoder's row
         keys: dict[str, Any] = {"device": "cpu", "checkpointing": checkpointing, "target_share": share}
         return Pass(rows, length, 2 if bf16 else 4, **(keys | changes))
 
-    return model_facts(model), counter.peak, planned
+    return model_facts(model, target_length=length // 2), counter.peak, planned

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,20 @@ class Spelling:
 
     def __init__(self, directory: Path, special: SpecialIds) -> None:
         """Read the tokenizer in `directory`."""
-        path = directory / "tokenizer.json"
-        self._tokenizer = Tokenizer.from_file(str(path))
+        self._take((directory / "tokenizer.json").read_text(encoding="utf-8"), special)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, vocab_size: int, special: Collection[int]) -> Spelling:
+        """Of a tokenizer that is loaded, with as many ids, of which these stand for no text."""
+        made = cls.__new__(cls)
+        known = tuple(sorted(token for token in special if 0 <= token < vocab_size))
+        made._take(tokenizer.to_str(), SpecialIds(vocab_size, known))
+        return made
+
+    def _take(self, written: str, special: SpecialIds) -> None:
+        self._tokenizer = Tokenizer.from_str(written)
         self._special = special
-        steps = list(_steps(json.loads(path.read_text(encoding="utf-8")).get("decoder")))
+        steps = list(_steps(json.loads(written).get("decoder")))
         kinds = {step["type"] for step in steps}
         self._in_bytes = "ByteLevel" in kinds
         self._falls_back = "ByteFallback" in kinds

@@ -23,6 +23,7 @@ import pyarrow.parquet
 
 from pretrain.config_data import DocumentStart
 from pretrain.data.reading.compression import DamagedFileError
+from pretrain.data.reading.embedded import stdlib_corpus
 from pretrain.data.reading.encodings import encoding_of, is_wide, open_text
 from pretrain.data.reading.lines import ByteRange, Document, LineReader, ReadReport
 from pretrain.data.reading.pairs import TextField, check_pairs
@@ -35,7 +36,6 @@ from pretrain.data.reading.sources import (
     hash_files,
     hash_with_index,
     resolve_sources,
-    stdlib_corpus,
 )
 from pretrain.data.reading.streams import first_bytes
 from pretrain.data.reading.tables import missing_field, row_starts, table_rows

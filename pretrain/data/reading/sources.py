@@ -1,6 +1,7 @@
-"""Which files a configuration names: paths, directories, globs, URLs, Hub datasets, the embedded corpus.
+"""Which files a configuration names: paths, directories, globs, URLs, Hub datasets, embedded corpora.
 
-What lives here: names to files, formats by suffix, digests of inputs. What must not: reading documents out of them.
+What lives here: names to files, formats by suffix, digests of inputs. What must not: reading documents out of them, or
+what is in an embedded corpus (`embedded`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ from rich.console import Console
 from pretrain.config_data import Source
 from pretrain.config_types import redacted
 from pretrain.data.reading import remote
+from pretrain.data.reading.embedded import EMBEDDED, STDLIB, stdlib_corpus
 from pretrain.files import ArtifactError, read_manifest, sha256_file
 
-STDLIB = "python-stdlib"
 HUB_PREFIX = "hub:"
 _FORMATS = {
     ".txt": "txt",
@@ -39,18 +39,6 @@ _TOKEN_FORMATS = {".bin": "bin", ".ds": "ds"}
 TOKEN_FORMATS = ("bin", "ds", "megatron")
 """Files of ready ids: nanoGPT's, llm.c's (bin), Megatron's (bin beside an idx), datatrove's, nanotron's, ours (ds)."""
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
-_NOT_IN_STDLIB_CORPUS = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "encodings",
-    "site-packages",
-    "dist-packages",
-    "pydoc_data",
-    "__pycache__",
-}
-_STDLIB_MINIMUM = 5_000_000
 _BLOCK = 1 << 20
 
 Told = Callable[[int], None]
@@ -151,10 +139,10 @@ def refuse_repeated(files: Iterable[SourceFile], key: str) -> None:
 
 
 def _resolve(entry: str, source: str, key: str) -> list[SourceFile]:
-    if entry == STDLIB:
+    if entry in EMBEDDED:
         return [
-            SourceFile(f"{STDLIB}/{name}", str(path), "txt", path.stat().st_size, None, entry, source)
-            for name, path in stdlib_corpus()
+            SourceFile(f"{entry}/{name}", str(path), "txt", path.stat().st_size, None, entry, source)
+            for name, path in EMBEDDED[entry]()
         ]
     if entry.startswith(HUB_PREFIX):
         return [SourceFile(entry, entry.removeprefix(HUB_PREFIX), "hub", 0, None, entry, source)]
@@ -177,7 +165,9 @@ def _resolve(entry: str, source: str, key: str) -> list[SourceFile]:
     matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
     matches = [match for match in matches if len(matches) == 1 or not _is_index(match)]
     if not matches:
-        raise ValueError(f"{key}: `{entry}` names no file, directory, glob, hub:NAME or {STDLIB}; check the path")
+        raise ValueError(
+            f"{key}: `{entry}` names no file, directory, glob, hub:NAME, {' or '.join(EMBEDDED)}; check the path"
+        )
     return [_source_file(match, entry, source, key) for match in matches]
 
 
@@ -294,35 +284,11 @@ def _remote_file(
     return SourceFile(file.name, place, file_format, size, compression, entry, source, version=version)
 
 
-# --- the embedded corpus --------------------------------------------------------------------------------------------
-
-
-def stdlib_corpus() -> list[tuple[str, Path]]:
-    """The source files of this machine's Python standard library: (relative path, path), sorted.
-
-    Left out: tests, idlelib, lib2to3, encodings, site- and dist-packages, pydoc_data.
-
-    Raises:
-        ValueError: when fewer than 5 MB are there, as on an interpreter without its library's sources.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    found: list[tuple[str, Path]] = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if name not in _NOT_IN_STDLIB_CORPUS]
-        paths = (Path(folder, name) for name in names if name.endswith(".py"))
-        found.extend((path.relative_to(root).as_posix(), path) for path in paths)
-    found.sort()
-    size = sum(path.stat().st_size for _, path in found)
-    if size < _STDLIB_MINIMUM:
-        raise ValueError(
-            f"{STDLIB}: `{root}` holds {size:,} bytes of Python source, fewer than {_STDLIB_MINIMUM:,}; "
-            "use a Python with its library's sources, or give text files of your own in data.train"
-        )
-    return found
+# --- digests ----------------------------------------------------------------------------------------------------------
 
 
 def corpus_digest() -> str:
-    """SHA-256 over the names and contents of the embedded corpus: two machines with the same one have the same text."""
+    """SHA-256 over the names and contents of `python-stdlib`: two machines with the same one have the same text."""
     return digest_of_files((f"{STDLIB}/{name}", sha256_file(path)) for name, path in stdlib_corpus())
 
 

@@ -190,18 +190,24 @@ class Engine:
         """The name of each parameter that the optimizer holds. (A sharded module shows others while it computes.)"""
         return {parameter: name for name, parameter in self._parameters.items()}
 
-    def load(self, parameters: Mapping[str, Tensor], state: OptimizerState) -> None:
+    def load(self, parameters: Mapping[str, Tensor] | None, state: OptimizerState) -> None:
         """Take up weights and optimizer state, whole tensors by name, bit for bit. Called by all ranks together.
 
         All of it is checked before anything is changed.
 
+        Args:
+            parameters: None leaves the weights as they are.
+            state: of the optimizer.
+
         Raises:
             ArtifactError: names the first tensor that is missing, left over, or of another shape or dtype.
         """
-        self.check_weights(parameters)
+        if parameters is not None:
+            self.check_weights(parameters)
         wanted = fitting_state(self.groups(), self.shapes(), state)
-        for name in self.names():
-            self._write(self._parameters[name], parameters[name])
+        if parameters is not None:
+            for name in self.names():
+                self._write(self._parameters[name], parameters[name])
         names = self._names()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:

@@ -227,11 +227,13 @@ class ZeroEngine(Engine):
         ]
         return group_records(groups, parameter_names(self.bare))
 
-    def load(self, parameters: Mapping[str, Tensor], state: OptimizerState) -> None:
-        self.check_weights(parameters)
+    def load(self, parameters: Mapping[str, Tensor] | None, state: OptimizerState) -> None:
+        if parameters is not None:
+            self.check_weights(parameters)
         wanted = fitting_state(self.groups(), self.shapes(), state)
         self._store.fit(wanted)
-        self._store.load_weights(parameters)
+        if parameters is not None:
+            self._store.load_weights(parameters)
         self._store.load_optimizer(
             self.optimizer, wanted, lambda group, flat, tensors: put_state(self.optimizer, group, flat, tensors)
         )

@@ -7,6 +7,7 @@ import json
 import lzma
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config_data import DocumentStart, Source
+from pretrain.data.reading import embedded
 from pretrain.data.reading.documents import (
     ReadReport,
     SourceFile,
@@ -27,6 +29,7 @@ from pretrain.data.reading.documents import (
     stdlib_corpus,
     units,
 )
+from pretrain.data.reading.embedded import torch_headers
 
 LINES = st.lists(
     st.sampled_from([b"alpha", b"= head", b"", b"  ", b"\xfe bad", "宋词 é".encode(), b"x" * 50, b"= \xff"]).flatmap(
@@ -346,3 +349,24 @@ def test_the_embedded_corpus():
     assert sum(path.stat().st_size for _, path in corpus) >= 5_000_000
     assert len(corpus_digest()) == 64
     assert resolve_sources(["python-stdlib"])[0].name == f"python-stdlib/{names[0]}"
+
+
+def test_the_headers_of_the_installed_torch_are_a_corpus_too():
+    corpus = torch_headers()
+    names = [name for name, _ in corpus]
+    assert names == sorted(names)
+    assert "c10/core/Device.h" in names
+    assert not [name for name in names if "generated" in name.split("/") or name.startswith("ATen/")]
+    assert sum(path.stat().st_size for _, path in corpus) >= 3_000_000
+    files = resolve_sources([Source(name="cpp", files=("torch-headers",))])
+    assert [file.name for file in files] == [f"torch-headers/{name}" for name in names]
+    assert {(file.format, file.source) for file in files} == {("txt", "cpp")}
+    (text,) = read_documents(files[0])
+    assert text.text == corpus[0][1].read_text(encoding="utf-8")
+
+
+def test_an_installation_without_headers_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(embedded, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    with pytest.raises(ValueError, match=r"torch-headers: .* holds 0 bytes of C\+\+ headers, fewer than 3,000,000"):
+        resolve_sources(["torch-headers"])
+    assert embedded.embedded_paths(["torch-headers/c10/core/Device.h", "text.txt"]) == {}

@@ -1,0 +1,210 @@
+"""What an encoder-decoder writes for an input, and how near it comes to a reference.
+
+What lives here: inputs and rules of generation that `generate` and `evaluate` share, outputs for many inputs, BLEU and
+chrF through sacrebleu. What must not: reading text, or printing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from pretrain.evaluation.loading import LoadedModel
+from pretrain.evaluation.passes import Passes
+from pretrain.evaluation.text import TextTally
+
+DEFAULT_NEW_TOKENS = 100
+_OF_BEAMS = ("length_penalty", "early_stopping")
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_KANA = re.compile(r"[\u3041-\u30ff]")
+BLEU_TOKENIZERS = ("auto", "13a", "intl", "zh", "char", "none")
+
+
+def input_ids(model: LoadedModel, text: str) -> list[int]:
+    """As the tokenizer frames a text; where it adds nothing, EOS at the end, as in training."""
+    plain = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    framed = list(model.tokenizer(text, verbose=False)["input_ids"])
+    if not plain:
+        raise ValueError("the input is empty; give the text that the encoder reads")
+    eos = model.tokenizer.eos_token_id
+    return [*framed, eos] if framed == plain and eos is not None and plain[-1] != eos else framed
+
+
+def output_room(model: LoadedModel, input_tokens: int, max_new_tokens: int | None) -> int:
+    """How many tokens an output may have.
+
+    Raises:
+        ValueError: when the input or `max_new_tokens` does not fit the model's positions.
+    """
+    longest = model.max_positions
+    if longest is not None and max(input_tokens, max_new_tokens or 1) > longest:
+        what = (
+            f"an input of {input_tokens} tokens does" if input_tokens > longest else f"{max_new_tokens} new tokens do"
+        )
+        remedy = "give a shorter text" if input_tokens > longest else f"max_new_tokens may be {longest} at most"
+        raise ValueError(f"{what} not fit the {longest} positions of `{model.source}`; {remedy}")
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return DEFAULT_NEW_TOKENS if longest is None else min(DEFAULT_NEW_TOKENS, longest)
+
+
+def generation_config(model: LoadedModel, max_new_tokens: int, choice: dict[str, Any]) -> GenerationConfig:
+    """What ends and fills a row, beside the choice of the next token."""
+    own = getattr(model.model, "generation_config", None)
+    eos = getattr(own, "eos_token_id", None)
+    eos = eos if eos is not None else model.tokenizer.eos_token_id
+    pad = model.tokenizer.pad_token_id
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    options = choice | (_output_rules(model, own, choice["num_beams"]) if model.kind == "seq2seq" else {})
+    make: Any = GenerationConfig
+    config: GenerationConfig = make(
+        max_new_tokens=max_new_tokens,
+        bos_token_id=model.tokenizer.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=pad if pad is not None else first_eos,
+        **options,
+    )
+    return config
+
+
+def _output_rules(model: LoadedModel, own: Any, num_beams: int) -> dict[str, Any]:
+    """What the directory of an encoder-decoder says of its outputs: what they begin with, what must not stand there."""
+    start = getattr(own, "decoder_start_token_id", None)
+    start = start if start is not None else getattr(model.model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise ValueError(
+            f"`{model.source}`: decoder_start_token_id is not set, so nothing says what an output begins with; set it "
+            "in config.json to the token it was trained with"
+        )
+    names = ["bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", *(_OF_BEAMS if num_beams > 1 else ())]
+    said = {name: getattr(own, name, None) for name in names}
+    return {"decoder_start_token_id": start} | {name: value for name, value in said.items() if value is not None}
+
+
+def write_outputs(
+    model: LoadedModel,
+    inputs: Sequence[str],
+    passes: Passes,
+    *,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
+) -> list[str]:
+    """The likeliest output of an encoder-decoder for each input, in order.
+
+    Inputs of like length share a batch; padding is masked, so the outputs do not depend on the batch.
+
+    Args:
+        model: an encoder-decoder.
+        inputs: texts.
+        passes: device, precision, and how many tokens of inputs, times beams, a batch holds at most.
+        num_beams: as of `generate_text`.
+        max_new_tokens: tokens of an output at most; default 100, or as many as the model's positions leave.
+
+    Raises:
+        ValueError: when an input is empty or does not fit the model's positions.
+    """
+    if num_beams is not None and num_beams < 1:
+        raise ValueError(f"num_beams: {num_beams} must be at least 1")
+    encoded = [input_ids(model, text) for text in inputs]
+    longest = max(map(len, encoded), default=1)
+    room = output_room(model, longest, max_new_tokens)
+    own = getattr(model.model, "generation_config", None)
+    beams = num_beams or getattr(own, "num_beams", None) or 1
+    options = generation_config(model, room, {"do_sample": False, "num_beams": beams})
+    pad = options.pad_token_id
+    order = sorted(range(len(encoded)), key=lambda number: -len(encoded[number]))
+    outputs = [""] * len(encoded)
+    done = 0
+    with passes.of(model.model):
+        while order:
+            rows = max(1, passes.batch_tokens // (len(encoded[order[0]]) * beams))
+            members, order = order[:rows], order[rows:]
+            width = len(encoded[members[0]])
+            ids = torch.full((len(members), width), pad, dtype=torch.int64)  # (B, L)
+            mask = torch.zeros_like(ids)
+            for row, member in enumerate(members):
+                ids[row, : len(encoded[member])] = torch.tensor(encoded[member])
+                mask[row, : len(encoded[member])] = 1
+            made = model.model.generate(
+                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options
+            )
+            texts = model.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for member, text in zip(members, texts, strict=True):
+                outputs[member] = str(text).strip()
+            done += len(members)
+            if passes.progress is not None:
+                passes.progress("outputs", done, len(encoded))
+    return outputs
+
+
+def score_outputs(
+    model: LoadedModel,
+    pairs: Iterable[tuple[str, str]],
+    passes: Passes,
+    *,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
+    max_bytes: int | None = None,
+    bleu_tokenizer: str = "auto",
+) -> dict[str, Any]:
+    """BLEU (Papineni et al. 2002) and chrF (Popovic 2015) of the outputs, as sacrebleu counts them (Post 2018).
+
+    Args:
+        model: an encoder-decoder.
+        pairs: input and reference of each.
+        passes: as of `write_outputs`.
+        num_beams: as of `write_outputs`.
+        max_new_tokens: as of `write_outputs`.
+        max_bytes: stop after the pair whose reference reaches this many bytes.
+        bleu_tokenizer: how BLEU finds words: one of `BLEU_TOKENIZERS`; "auto" takes "zh" (each Chinese character a
+            word) when the references are mostly Chinese, else sacrebleu's own default, "13a".
+
+    Returns:
+        `bleu` and `chrf` (0 to 100) with their signatures, `text` (pairs, bytes of the references, their SHA-256), and
+        `outputs`, one a pair.
+
+    Raises:
+        ValueError: when there is no pair, an input does not fit, or sacrebleu is not installed.
+    """
+    metrics = _sacrebleu()
+    if bleu_tokenizer not in BLEU_TOKENIZERS:
+        raise ValueError(f"bleu_tokenizer: {bleu_tokenizer} is unknown; use {', '.join(BLEU_TOKENIZERS)}")
+    inputs: list[str] = []
+    references: list[str] = []
+    tally = TextTally()
+    for source, reference in pairs:
+        if max_bytes is not None and tally.bytes >= max_bytes:
+            break
+        tally.add(reference)
+        inputs.append(source)
+        references.append(reference)
+    if not references:
+        raise ValueError("there is no pair to score; check the files and the columns of inputs and references")
+    words = _word_finder(references) if bleu_tokenizer == "auto" else bleu_tokenizer
+    outputs = write_outputs(model, inputs, passes, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    scores: dict[str, Any] = {}
+    for name, metric in (("bleu", metrics.BLEU(tokenize=words)), ("chrf", metrics.CHRF())):
+        scores[name] = float(metric.corpus_score(outputs, [references]).score)
+        scores[f"{name}_signature"] = str(metric.get_signature())
+    text = {"documents": tally.documents, "bytes": tally.bytes, "sha256": tally.sha256}
+    return scores | {"text": text, "outputs": outputs}
+
+
+def _word_finder(references: Sequence[str]) -> str:
+    text = "".join(references)
+    han, letters = len(_HAN.findall(text)), sum(map(str.isalpha, text))
+    return "zh" if 2 * han > letters and len(_KANA.findall(text)) * 20 < han else "13a"
+
+
+def _sacrebleu() -> Any:
+    try:
+        return importlib.import_module("sacrebleu.metrics")
+    except ImportError as error:
+        raise ValueError(
+            "outputs are scored by sacrebleu, which is not installed: pip install 'pretrain[metrics]'"
+        ) from error
