@@ -20,7 +20,7 @@ _SURFACE = {
     "RunConfig": "pretrain.config",
     "train_tokenizer": "pretrain.tokenizer",
     "prepare_data": "pretrain.prepare",
-    "build_model": "pretrain.train",
+    "build_model": "pretrain.building",
     "build_data": "pretrain.train",
     "build_optimizer": "pretrain.train",
     "build_evaluators": "pretrain.train",

@@ -32,7 +32,8 @@ from pretrain.evaluation.outputs import score_outputs
 from pretrain.evaluation.passes import DEFAULT_BATCH_TOKENS, Passes
 from pretrain.evaluation.passes import Progress as ProgressCallback
 from pretrain.files import replace_file
-from pretrain.model_dir import DTYPES, read_detector, read_loom, read_stock
+from pretrain.model_dir import DTYPES
+from pretrain.model_reading import read_detector, read_loom, read_stock
 from pretrain.models import pick_backend
 from pretrain.runtime import describe_machine, resolve_precision
 from pretrain.stock_model import adapt

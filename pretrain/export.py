@@ -16,17 +16,8 @@ from transformers import PreTrainedModel
 
 from pretrain.files import ArtifactError, commit_directory, write_safetensors
 from pretrain.interop import NoStockHome, stock_config
-from pretrain.model_dir import (
-    DTYPES,
-    GENERATOR,
-    copy_tokenizer,
-    is_held,
-    read_config,
-    read_loom,
-    read_stock,
-    stored_task,
-    write_model,
-)
+from pretrain.model_dir import DTYPES, copy_tokenizer, write_model
+from pretrain.model_reading import GENERATOR, is_held, read_config, read_loom, read_stock, stored_task
 from pretrain.models import LoomConfig, LoomPreTrainedModel, register_hub_code, task_of
 from pretrain.training import checkpoint
 from pretrain.training.state import tensor_bytes

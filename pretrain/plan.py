@@ -12,21 +12,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
+from pretrain.building import model_config
 from pretrain.config import RunConfig
 from pretrain.data.batches import target_length_for
 from pretrain.data.loader import DataPlane
 from pretrain.files import read_manifest, write_bytes
 from pretrain.growing import grown_config
 from pretrain.interop import from_stock_config
-from pretrain.model_dir import read_config
-from pretrain.models import DETECTION_KEYS, GENERATOR_SIZE, LoomConfig, loom_config, model_class
+from pretrain.model_reading import read_config
+from pretrain.models import DETECTION_KEYS, GENERATOR_SIZE, LoomConfig, model_class
 from pretrain.planning.assumptions import Assumption, assumptions_for
 from pretrain.planning.choice import Margins, Option, best, evaluate, layouts, pass_of
 from pretrain.planning.facts import ModelFacts, model_facts
@@ -89,14 +90,7 @@ def planned_model_config(config: RunConfig) -> LoomConfig:
         if config.model.grow is not None:
             held = grown_config(held, config.model.grow.model_dump(exclude_none=True))
         return held
-    assert config.model.architecture is not None
-    keys = config.model.sizes()
-    length = config.data.sequence_length
-    published = loom_config(config.model.architecture).max_position_embeddings
-    keys.setdefault("max_position_embeddings", length if "hidden_size" in keys else max(published, length))
-    if detects:
-        keys.setdefault("generator_size", GENERATOR_SIZE)
-    return loom_config(config.model.architecture, vocab_size=_vocabulary(config), pad_token_id=0, **keys)
+    return cast(LoomConfig, model_config(config, {"vocab_size": _vocabulary(config), "special_ids": {"pad": 0}}))
 
 
 def _with_generator(config: LoomConfig, keys: dict[str, Any]) -> LoomConfig:

@@ -38,7 +38,7 @@ from pretrain.files import (
     write_manifest,
 )
 from pretrain.interop.published import CODE
-from pretrain.model_dir import read_stock
+from pretrain.model_reading import read_stock
 from pretrain.prepare import check_data, is_prepared, prepare_data
 from pretrain.runtime import describe_machine, peak_memory_bytes
 from pretrain.tokenizer import is_trained, train_tokenizer

@@ -16,34 +16,28 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
+from pretrain.building import build_model, check_attention, model_config
 from pretrain.changes import changes_at_resume, check_allowed
 from pretrain.config import RunConfig
-from pretrain.continuing import check_optimizer_state, learnt_pieces, optimizer_state_of
-from pretrain.data.batches import layout_of, target_length_for
+from pretrain.continuing import check_optimizer_state, optimizer_state_of
+from pretrain.data.batches import target_length_for
 from pretrain.data.loader import DataPlane
 from pretrain.data.validation import ValidationData
 from pretrain.data.verification import verify_run
 from pretrain.evaluation.likelihood import evaluate_batches, share_of_batches
 from pretrain.files import lock_directory, read_manifest, update_file
-from pretrain.growing import extend_vocabulary, grow
 from pretrain.interop.published import CODE, check_published
-from pretrain.model_dir import PublishedStore, read_detector, read_loom, read_stock
 from pretrain.models import (
-    DETECTION_KEYS,
-    GENERATOR_SIZE,
     LoomConfig,
     flops_per_token,
-    loom_config,
-    model_class,
     pick_backend,
-    refuse_device,
     wants_dropout_keys,
 )
 from pretrain.planning.facts import model_facts
 from pretrain.plugins import import_path
+from pretrain.published_store import PublishedStore
 from pretrain.ranks import PATIENT_SECONDS
-from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, resolve_precision, set_seed
-from pretrain.stock_model import adapt
+from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, resolve_precision
 from pretrain.stock_model import flops_per_token as stock_flops_per_token
 from pretrain.training import checkpoint
 from pretrain.training.engines.job import Job, open_job
@@ -65,174 +59,12 @@ def check(config: RunConfig) -> None:
         check_optimizer_state(config)
     if config.model.architecture is not None:
         facts = {"vocab_size": config.tokenizer.vocab_size, "special_ids": {}}
-        check_published(model_config(config, facts), _task(config), config.export.to)
+        check_published(model_config(config, facts), config.objective.task, config.export.to)
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Digests of what a run trains on; every checkpoint holds them."""
     return {kind: read_manifest(config.directory / kind, kind).digest for kind in ("tokenizer", "data")}
-
-
-def build_model(config: RunConfig, *, console: Console | None = None) -> PreTrainedModel:
-    """The model of a run, with initial weights drawn from `train.seed`, or read from `model.from`.
-
-    Reads the vocabulary and the special ids from the run's tokenizer.
-
-    Raises:
-        ArtifactError: when the run has no tokenizer yet.
-        ValueError: when the sizes do not fit each other, or `model.from` has another vocabulary.
-    """
-    tokenizer = read_manifest(config.directory / "tokenizer", "tokenizer").facts
-    if config.model.class_ == "stock":
-        return _stock_model(config, tokenizer["vocab_size"], console)
-    if config.model.from_ is not None:
-        model: PreTrainedModel
-        note = console.print if console is not None else None
-        if config.objective.kind == "rtd":
-            set_seed(config.train.seed)  # of a new generator
-            keys = {key: config.model.sizes()[key] for key in DETECTION_KEYS if key in config.model.sizes()}
-            model = small = read_detector(config.model.from_, note=note, keys=keys)
-        else:
-            model = small = read_loom(config.model.from_, note=note, task=_task(config))
-        if config.model.grow is not None:
-            model = grow(small, config.model.grow.model_dump(exclude_none=True))
-        model = _taught(config, model, tokenizer["vocab_size"])
-        _covers(config, model, tokenizer["vocab_size"])
-    else:
-        assert config.model.architecture is not None
-        set_seed(config.train.seed)
-        sized = model_config(config, tokenizer)
-        model = model_class(sized, _task(config))(sized)
-    _fits(config, model)
-    _attend(config, model)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
-    return model
-
-
-def _task(config: RunConfig) -> str:
-    """What the model's class is for."""
-    return config.objective.task
-
-
-def _covers(config: RunConfig, model: PreTrainedModel, vocab_size: int) -> None:
-    """Refuse a model with fewer embeddings than the tokenizer has ids."""
-    table: Any = model.get_input_embeddings()
-    embeddings = table.weight.shape[0]
-    if embeddings < vocab_size:
-        raise ValueError(
-            f"model.from: {config.model.from_} has {embeddings} embeddings, the tokenizer has {vocab_size} ids; take "
-            f"the model's own with tokenizer.from: {config.model.from_}"
-        )
-
-
-def _taught(config: RunConfig, model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
-    """The model with embeddings for the pieces that its tokenizer has learnt from the new text, where it has."""
-    made_of = learnt_pieces(config)
-    return extend_vocabulary(model, made_of, vocab_size) if made_of else model
-
-
-def _stock_model(config: RunConfig, vocab_size: int, console: Console | None) -> PreTrainedModel:
-    """A model of transformers' own class, made to take packed rows."""
-    assert config.model.from_ is not None
-    kind = layout_of(config.objective)
-    model = _taught(config, read_stock(config.model.from_, kind), vocab_size)
-    _covers(config, model, vocab_size)
-    _reaches(config, model)
-    _attend(config, model)
-    way = adapt(model, kind, config.data.sequence_length)
-    if console is not None:
-        console.print(f"{type(model).__name__}: documents of a row are kept apart by {way.words}", highlight=False)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
-    return model
-
-
-def _attend(config: RunConfig, model: PreTrainedModel) -> None:
-    """Take the attention backend that is asked for by name."""
-    if config.train.attention != "auto":
-        try:
-            model.set_attn_implementation(config.train.attention)
-        except ValueError as error:
-            raise ValueError(f"train.attention: {error}") from error
-
-
-def check_attention(config: RunConfig, device: torch.device | str) -> None:
-    """Refuse an attention backend that the device or the model's class does not have, before a step is made.
-
-    Raises:
-        ValueError: names the key, its value and the remedy.
-    """
-    name = config.train.attention
-    if name == "auto":
-        return
-    if config.model.class_ == "stock" and name not in ("eager", "sdpa"):
-        raise ValueError(
-            f"train.attention: {name} is a backend of the project's own classes, and model.class is stock; take "
-            "eager, sdpa or auto, or leave model.class out"
-        )
-    try:
-        refuse_device(name, device)
-    except ValueError as error:
-        raise ValueError(f"train.attention: {error}") from error
-
-
-def _reaches(config: RunConfig, model: PreTrainedModel) -> None:
-    """Refuse rows that are longer than the model has positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and positions < config.data.sequence_length:
-        raise ValueError(
-            f"data.sequence_length: {config.data.sequence_length} is longer than the {positions} positions of "
-            f"model.from: {config.model.from_}; lower it"
-        )
-
-
-def _fits(config: RunConfig, model: PreTrainedModel) -> None:
-    """Refuse a model that cannot be published, or that the rest of the run does not fit.
-
-    Raises:
-        ValueError: names the keys that do not fit each other.
-    """
-    if config.objective.sentences != "none" and model.config.type_vocab_size < 2:
-        raise ValueError(
-            f"objective.sentences: {config.objective.sentences} tells two segments apart by token types, and the model "
-            f"has {model.config.type_vocab_size}; set model.type_vocab_size: 2, or take an architecture that has them "
-            "(bert, electra, albert)"
-        )
-    # Every checkpoint is published in this form: refuse now what it cannot hold.
-    check_published(model.config, _task(config), config.export.to)
-    wants = config.objective.model_kind or model.config.kind
-    if wants != model.config.kind:
-        raise ValueError(
-            f"objective.kind: {config.objective.kind} needs an {wants}, model.from: {config.model.from_} is a "
-            f"{model.config.kind}; choose the other objective, or another model"
-        )
-    if wants == "seq2seq" and model.config.decoder_start_token_id != model.config.pad_token_id:
-        raise ValueError(
-            f"model.from: {config.model.from_} begins its output with id {model.config.decoder_start_token_id}, and "
-            f"rows are made with padding there, id {model.config.pad_token_id}; take a model that begins with padding"
-        )
-    _reaches(config, model)
-
-
-def model_config(config: RunConfig, tokenizer: Mapping[str, Any]) -> Any:
-    """The model's configuration for a tokenizer's facts (`vocab_size`, `special_ids`)."""
-    assert config.model.architecture is not None
-    keys = config.model.sizes()
-    keys.setdefault("max_position_embeddings", _positions(config))
-    ids = {f"{role}_token_id": token_id for role, token_id in tokenizer["special_ids"].items()}
-    if config.kind == "seq2seq" and "pad_token_id" in ids:
-        ids["decoder_start_token_id"] = ids["pad_token_id"]
-    if config.objective.kind == "rtd":
-        keys.setdefault("generator_size", GENERATOR_SIZE)
-    return loom_config(config.model.architecture, vocab_size=tokenizer["vocab_size"], **ids, **keys)
-
-
-def _positions(config: RunConfig) -> int:
-    assert config.model.architecture is not None
-    published = loom_config(config.model.architecture).max_position_embeddings
-    sized = config.model.hidden_size is not None
-    return config.data.sequence_length if sized else max(published, config.data.sequence_length)
 
 
 def build_data(config: RunConfig, split: str = "train") -> DataPlane:

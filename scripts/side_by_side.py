@@ -33,8 +33,9 @@ from transformers import (
 
 from pretrain.config import RunConfig, config_from_dict
 from pretrain.interop import from_stock
-from pretrain.model_dir import PublishedStore, load_state
+from pretrain.model_reading import load_state
 from pretrain.models import model_from_config, pick_backend
+from pretrain.published_store import PublishedStore
 from pretrain.runtime import set_seed
 from pretrain.training.optim import build_optimizer
 from pretrain.training.schedule import learning_rate_scale

@@ -135,7 +135,7 @@ def _child(config: str, log: str, verb: str, trap: Trap | None, options: Sequenc
 def _set(trap: Trap, fired: Path) -> None:
     """Replace what stands at the trap's place by the same with a signal before it (or in the middle of it)."""
     import pretrain.train as verb
-    from pretrain.model_dir import PublishedStore
+    from pretrain.published_store import PublishedStore
     from pretrain.training.feed import MicroBatch
     from pretrain.training.trainer import Trainer
 

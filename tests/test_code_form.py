@@ -18,8 +18,10 @@ from pretrain.config import config_from_dict
 from pretrain.export import export_model
 from pretrain.fill import fill_masks
 from pretrain.interop import NoStockHome
-from pretrain.model_dir import PublishedStore, read_config, read_loom, read_state, write_model
+from pretrain.model_dir import write_model
+from pretrain.model_reading import read_config, read_loom, read_state
 from pretrain.models import loom_config, model_class
+from pretrain.published_store import PublishedStore
 from pretrain.run import run
 from pretrain.training.snapshots import share_out
 

@@ -13,11 +13,12 @@ from objective_runs import prepared, run_of, write_text
 from rich.console import Console
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining
 
+from pretrain.building import build_model
 from pretrain.config import RunConfig
 from pretrain.config_model import ModelConfig
-from pretrain.model_dir import read_detector, read_stock
+from pretrain.model_reading import read_detector, read_stock
 from pretrain.run import run
-from pretrain.train import build_model, train
+from pretrain.train import train
 
 IDS = torch.arange(5, 29).view(2, 12)
 OF_THE_CLOCK = ("seconds", "tokens_per_second", "data_wait", "memory_gib")

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from pretrain.evaluation.loading import load_model
 from pretrain.export import export_model, import_model
 from pretrain.files import ArtifactError, write_manifest
-from pretrain.model_dir import PublishedStore, read_detector, read_loom, read_state, write_model
+from pretrain.model_dir import write_model
+from pretrain.model_reading import read_detector, read_loom, read_state
 from pretrain.models import loom_config, model_class, model_from_config
+from pretrain.published_store import PublishedStore
 from pretrain.training.checkpoint import verify_model
 from pretrain.training.snapshots import share_out
 

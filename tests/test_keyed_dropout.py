@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pretrain.building import build_model
 from pretrain.changes import ChangedConfigError
 from pretrain.config import RunConfig, load_config
 from pretrain.models import dropout
-from pretrain.train import build_data, build_model, build_trainer, train
+from pretrain.train import build_data, build_trainer, train
 from scripts.faults import tiny
 
 STEPS = 20

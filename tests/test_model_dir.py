@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pretrain.files import ArtifactError
 from pretrain.interop import HOMES
-from pretrain.model_dir import read_config, read_loom, read_stock, stored_task, write_model
+from pretrain.model_dir import write_model
+from pretrain.model_reading import read_config, read_loom, read_stock, stored_task
 from pretrain.models import (
     LoomDecoderForCausalLM,
     LoomEncoderForMaskedLM,

@@ -15,13 +15,14 @@ import torch
 from objective_runs import OBJECTIVES, prepared, run_of, write_text
 from rich.console import Console
 
+from pretrain.building import build_model, check_attention
 from pretrain.config import RunConfig, dump_config
 from pretrain.data.batches import target_length_for
 from pretrain.data.loader import DataPlane
 from pretrain.evaluation.likelihood import evaluate_batches
 from pretrain.plan import planned_facts
 from pretrain.planning.facts import model_facts
-from pretrain.train import build_model, build_trainer, check_attention, target_share, train
+from pretrain.train import build_trainer, target_share, train
 from pretrain.training.feed import counts_of
 
 SETTINGS: dict[str, Any] = {"micro_batch": 8, "steps": 4, "precision": "fp32"}

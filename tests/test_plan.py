@@ -10,12 +10,12 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
+from pretrain.building import build_model, model_config
 from pretrain.cli import app
 from pretrain.config import RunConfig, config_from_dict, config_to_dict, load_config
 from pretrain.data.loader import DataPlane
 from pretrain.plan import Machine, make_plan, planned_facts, planned_model_config
 from pretrain.planning.gpus import find_gpu
-from pretrain.train import build_model, model_config
 from tests.gpu.synthetic import make_run
 
 SHIPPED = ("bert-base", "gpt2-small", "llama-350m", "modernbert-base", "quickstart-bert", "quickstart-gpt")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
+from pretrain.building import model_config
 from pretrain.config import RunConfig, load_config, shipped_directory
 from pretrain.interop import stock_config
 from pretrain.models import model_from_config
-from pretrain.train import model_config
 
 SHIPPED = sorted(path.stem for path in (shipped_directory() / "configs" / "runs").glob("*.yaml"))
 NAMES = [name for name in SHIPPED if load_config(name).model.from_ is None]

@@ -1,78 +1,35 @@
 """Configurations of the Loom models: switches of the one Transformer block.
 
-Lives here: `LoomConfig` with its encoder, decoder and encoder-decoder forms, `loom_config`, and the checks of values.
-Presets are in `architectures.py`, cost arithmetic in `costs.py`. No tensors and no torch.
+Lives here: `LoomConfig` with its encoder, decoder and encoder-decoder forms, `loom_config`. What they may hold is
+in `configuration_checks.py`, presets are in `architectures.py`, cost arithmetic in `costs.py`. No tensors and no torch.
 """
 
 # mypy: disable-error-code="no-untyped-call, unreachable"
 # (transformers' base class is untyped; a field left out holds None until the architecture fills it)
 
 import copy
-import difflib
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 
 from .architectures import ARCHITECTURES, Architecture
+from .configuration_checks import (
+    INITIALIZER_RANGE,
+    check_initial_weights,
+    check_layers,
+    check_positions,
+    check_rope_scaling,
+    check_sizes,
+    check_values,
+    check_windows,
+    nearest,
+)
 
 # A field that the user leaves at None takes the convention or size of `architecture` (see `ARCHITECTURES`).
 FROM_ARCHITECTURE: Any = None
 
 AttentionKind = Literal["global", "local"]
-
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu", "relu2")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "block_kind": ("sequential", "parallel", "parallel_shared_norm"),
-    "hidden_act": ACTIVATIONS,
-    "mixer": ("attention",),
-    "mlp_kind": ("plain", "gated"),
-    "position_kind": ("learned", "sinusoidal", "rotary", "alibi", "relative", "none"),
-    "sinusoidal_layout": ("halves", "interleaved"),
-    "norm_kind": ("layer_norm", "rms_norm"),
-    "norm_placement": ("pre", "post"),
-    "qk_norm": ("none", "per_head", "full_width"),
-    "initializer": ("normal", "scaled_normal", "scaled_truncated_normal", "xavier_uniform", "t5"),
-    "classifier_head": ("pooler", "transform", "gelu"),
-    "classifier_pooling": ("cls", "mean", "late"),
-    "rtd_sharing": ("tied", "gradient_disentangled", "none"),
-}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "embedding_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_hidden_groups",
-    "num_decoder_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "global_attention_every",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-)
-SHARES = ("hidden_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout", "label_smoothing")
-ABOVE_ZERO = (
-    "attention_scale",
-    "attention_softcap",
-    "embedding_scale",
-    "local_rope_theta",
-    "logit_softcap",
-    "norm_eps",
-    "output_scale",
-    "residual_scale",
-    "rope_theta",
-)
-ROPE_SCALING = {
-    "linear": {"factor"},
-    "ntk": {"factor"},
-    "yarn": {"factor", "original_max_position_embeddings"},
-}
-"""What each kind of rotary scaling must be given."""
-_YARN_MORE = {"attention_factor", "beta_fast", "beta_slow"}
-_INITIALIZER_RANGE = 0.02
 
 # Switches that mean something only beside another one; `__post_init__` fills them when that one is on.
 _TIED_TO_ANOTHER_SWITCH = ("rope_theta", "local_rope_theta", "local_window", "position_offset", "sinusoidal_layout")
@@ -182,8 +139,8 @@ class LoomConfig(PreTrainedConfig):
             if name not in (*_TIED_TO_ANOTHER_SWITCH, *design.derived) and getattr(self, name) is None:
                 setattr(self, name, value)
         if self.initializer_range is None:
-            self.initializer_range = _INITIALIZER_RANGE
-        _check_sizes(self)
+            self.initializer_range = INITIALIZER_RANGE
+        check_sizes(self)
         self._fill_sizes(design)
         self._fill_positions(design)
         super().__post_init__(**kwargs)
@@ -219,19 +176,19 @@ class LoomConfig(PreTrainedConfig):
             self.sinusoidal_layout = "halves"
         if self.position_kind == "rotary" and self.rope_theta is None:
             self.rope_theta = design.conventions.get("rope_theta", 10_000.0)
-        if "local" in self._pattern:
+        if "local" in self.pattern:
             if self.local_window is None:
                 self.local_window = design.conventions.get("local_window")
             if self.local_rope_theta is None and self.position_kind == "rotary":
                 self.local_rope_theta = design.conventions.get("local_rope_theta", self.rope_theta)
         scaling = self.rope_scaling  # of global layers alone
         if isinstance(scaling, dict) and scaling.get("rope_type") == "ntk" and self.rope_theta is not None:
-            _check_rope_scaling(scaling)
+            check_rope_scaling(scaling)
             width = int(self.head_dim * self.partial_rotary_factor)
             self.rope_theta, self.rope_scaling = _ntk_theta(self.rope_theta, scaling["factor"], width), None
 
     @property
-    def _pattern(self) -> list[str]:
+    def pattern(self) -> list[str]:
         """The attention of the first layers, repeated over all of them."""
         if self.attention_pattern is not None:
             return self.attention_pattern
@@ -244,16 +201,16 @@ class LoomConfig(PreTrainedConfig):
 
     def attention_kinds_of(self, num_layers: int) -> list[AttentionKind]:
         """The attention of each of so many layers."""
-        pattern = self._pattern
+        pattern = self.pattern
         return ["global" if pattern[layer % len(pattern)] == "global" else "local" for layer in range(num_layers)]
 
     def validate_architecture(self) -> None:
         """Refuse values and combinations that no model can be built from, with a ValueError that names the key."""
-        _check_values(self)
-        _check_layers(self)
-        _check_positions(self)
-        _check_windows(self)
-        _check_initial_weights(self)
+        check_values(self)
+        check_layers(self)
+        check_positions(self)
+        check_windows(self)
+        check_initial_weights(self)
 
 
 class LoomEncoderConfig(LoomConfig):
@@ -306,7 +263,7 @@ class LoomEncoderConfig(LoomConfig):
         shared = {"vocab_size"} if self.rtd_sharing == "none" else {"vocab_size", "embedding_size"}
         known = set(config_keys(self.architecture)) - shared - set(DETECTION_KEYS)
         if unknown := sorted(set(given) - known):
-            raise ValueError(f"generator: {unknown[0]} is no key of its own{_nearest(unknown[0], sorted(known))}")
+            raise ValueError(f"generator: {unknown[0]} is no key of its own{nearest(unknown[0], sorted(known))}")
 
         def part(whole: int) -> int:
             return max(1, round(whole * size))
@@ -421,121 +378,17 @@ def loom_config(architecture: str, **keys: Any) -> LoomConfig:
     keys = {key: value for key, value in keys.items() if key in known or key not in TOKENIZER_ONLY_IDS}
     for key in keys:
         if key not in known:
-            raise ValueError(f"unknown model key {key!r} for architecture {architecture}{_nearest(key, known)}")
+            raise ValueError(f"unknown model key {key!r} for architecture {architecture}{nearest(key, known)}")
     return CONFIG_CLASSES[design.kind](architecture=architecture, **(token_ids | keys))
 
 
 def _design(architecture: str, kind: str | None = None) -> Architecture:
     design = ARCHITECTURES.get(architecture)
     if design is None:
-        raise ValueError(f"unknown architecture {architecture!r}{_nearest(str(architecture), list(ARCHITECTURES))}")
+        raise ValueError(f"unknown architecture {architecture!r}{nearest(str(architecture), list(ARCHITECTURES))}")
     if kind is not None and design.kind != kind:
         raise ValueError(f"architecture {architecture} is a {design.kind}: it does not fit a {kind} config")
     return design
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    hint = f": did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (known: {', '.join(known)})" if not close else hint
-
-
-def _check_sizes(config: LoomConfig) -> None:
-    for name in SIZES:
-        value = getattr(config, name, None)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _check_values(config: LoomConfig) -> None:
-    """Each value alone: sizes are positive whole numbers, shares lie in [0, 1), words are known ones."""
-    _check_sizes(config)
-    if config.local_window is not None and (isinstance(config.local_window, bool) or config.local_window < 1):
-        raise ValueError(f"local_window must be a whole number of at least 1, got {config.local_window!r}")
-    if isinstance(config.type_vocab_size, bool) or config.type_vocab_size < 0:
-        raise ValueError(f"type_vocab_size must be 0 (no token types) or more, got {config.type_vocab_size!r}")
-    if isinstance(config.position_offset, bool) or config.position_offset < 0:
-        raise ValueError(f"position_offset must be 0 or more, got {config.position_offset!r}")
-    for name in SHARES:
-        value = getattr(config, name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
-    for name in ABOVE_ZERO:
-        value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    for name, words in CHOICES.items():
-        value = getattr(config, name, words[0])
-        if value is not None and value not in words:
-            raise ValueError(f"{name} {value!r} is unknown{_nearest(str(value), list(words))}")
-    for name in ("pad", "bos", "eos", "cls", "sep", "decoder_start"):
-        given = getattr(config, f"{name}_token_id", None)
-        for token in given if isinstance(given, list) else [given]:
-            if token is not None and not 0 <= token < config.vocab_size:
-                raise ValueError(f"{name}_token_id {token} lies outside the vocabulary of {config.vocab_size} tokens")
-
-
-def _check_layers(config: LoomConfig) -> None:
-    """Heads, norms and blocks that go together."""
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
-            f"{config.num_key_value_heads}: query heads share key-value heads in equal groups"
-        )
-    if config.norm_kind == "rms_norm" and config.norm_bias:
-        raise ValueError("norm_bias true needs norm_kind layer_norm: RMS norm has no bias")
-    if config.norm_placement == "post" and not config.first_norm:
-        raise ValueError("first_norm false needs norm_placement pre: a post-norm block needs each of its norms")
-    if config.norm_placement == "post" and config.block_kind != "sequential":
-        raise ValueError(f"block_kind {config.block_kind} needs norm_placement pre: both branches read one input")
-    if config.block_kind == "parallel_shared_norm" and not config.first_norm:
-        raise ValueError("first_norm false does not fit block_kind parallel_shared_norm: its MLP reads that norm too")
-    if config.num_hidden_layers % config.num_hidden_groups:
-        raise ValueError(
-            f"num_hidden_layers {config.num_hidden_layers} is not a multiple of num_hidden_groups "
-            f"{config.num_hidden_groups}: each group of weights serves equally many layers"
-        )
-    if config.num_hidden_groups != config.num_hidden_layers and not config.first_norm:
-        raise ValueError("first_norm false does not fit num_hidden_groups: the first layer shares its norms")
-    if config.tie_word_embeddings and config.embedding_size != config.hidden_size and not config.head_transform:
-        raise ValueError(
-            f"embedding_size {config.embedding_size} apart from hidden_size {config.hidden_size} with tied embeddings "
-            "needs head_transform true, which brings hidden states to that size; or set tie_word_embeddings false"
-        )
-
-
-def _check_positions(config: LoomConfig) -> None:
-    """Positions and the keys that belong to one kind of them."""
-    turned = config.head_dim * config.partial_rotary_factor
-    if config.position_kind == "rotary" and (turned < 2 or turned % 2):
-        raise ValueError(
-            f"position_kind rotary turns an even number of channels, head_dim {config.head_dim} x "
-            f"partial_rotary_factor {config.partial_rotary_factor} is {turned:g}"
-        )
-    only_rotary = {
-        "rope_theta": config.rope_theta is not None,
-        "local_rope_theta": config.local_rope_theta is not None,
-        "rope_scaling": config.rope_scaling is not None,
-        "partial_rotary_factor": config.partial_rotary_factor != 1.0,
-    }
-    if config.position_kind != "rotary" and (given := [key for key, is_given in only_rotary.items() if is_given]):
-        raise ValueError(f"{given[0]} does nothing with position_kind {config.position_kind}: leave it out")
-    if not 0 < config.partial_rotary_factor <= 1:
-        raise ValueError(f"partial_rotary_factor must lie in (0, 1], got {config.partial_rotary_factor!r}")
-    if config.position_offset and config.position_kind not in ("learned", "sinusoidal"):
-        raise ValueError(f"position_offset does nothing with position_kind {config.position_kind}: leave it out")
-    if config.position_kind == "sinusoidal" and config.embedding_size % 2:
-        raise ValueError(f"position_kind sinusoidal needs an even embedding_size, this one is {config.embedding_size}")
-    if config.position_kind != "sinusoidal" and config.sinusoidal_layout is not None:
-        raise ValueError(f"sinusoidal_layout does nothing with position_kind {config.position_kind}: leave it out")
-    buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
-    if config.position_kind == "relative" and (buckets % 4 or distance <= buckets // 2):
-        raise ValueError(
-            f"relative_attention_num_buckets must be a multiple of 4, got {buckets}, and "
-            f"relative_attention_max_distance more than half of it, got {distance}"
-        )
-    if config.rope_scaling is not None:
-        _check_rope_scaling(config.rope_scaling)
 
 
 def _ntk_theta(theta: float, factor: float, width: int) -> float:
@@ -543,48 +396,3 @@ def _ntk_theta(theta: float, factor: float, width: int) -> float:
     if width < 4:
         raise ValueError(f"rope_scaling ntk needs at least 4 channels of a head that turn, these are {width}")
     return float(theta * factor ** (width / (width - 2)))
-
-
-def _check_rope_scaling(scaling: dict[str, Any]) -> None:
-    if not isinstance(scaling, dict) or scaling.get("rope_type") not in ROPE_SCALING:
-        raise ValueError(f"rope_scaling needs a rope_type of {', '.join(ROPE_SCALING)}, got {scaling!r}")
-    kind = scaling["rope_type"]
-    needed = ROPE_SCALING[kind]
-    known = needed | (_YARN_MORE if kind == "yarn" else set())
-    given = set(scaling) - {"rope_type"}
-    if needed - given or given - known:
-        raise ValueError(f"rope_scaling {kind} takes {', '.join(sorted(known))}, got {', '.join(sorted(given))}")
-    for name in given:
-        value = scaling[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"rope_scaling: {name} must be a number above 0, got {value!r}")
-    if scaling["factor"] < 1:
-        raise ValueError(f"rope_scaling: factor {scaling['factor']} is below 1, which would shorten the context")
-
-
-def _check_windows(config: LoomConfig) -> None:
-    """Local layers and their keys."""
-    if config.attention_pattern is not None:
-        unknown = [kind for kind in config.attention_pattern if kind not in ("global", "local")]
-        if unknown or not config.attention_pattern:
-            raise ValueError(f"attention_pattern is a list of global and local, got {config.attention_pattern!r}")
-        if config.global_attention_every != 1:
-            raise ValueError("attention_pattern and global_attention_every say the same thing: leave one out")
-    key = "attention_pattern" if config.attention_pattern is not None else "global_attention_every"
-    if "local" in config._pattern and config.local_window is None:
-        raise ValueError(f"{key} {getattr(config, key)!r} needs local_window: the width that local layers look at")
-    if "local" not in config._pattern and (config.local_window is not None or config.local_rope_theta is not None):
-        raise ValueError(
-            f"local_window and local_rope_theta do nothing with {key} {getattr(config, key)!r} (every layer is "
-            "global): leave them out, or set global_attention_every to 2 or more"
-        )
-
-
-def _check_initial_weights(config: LoomConfig) -> None:
-    """A width that nothing is drawn with."""
-    usual = ARCHITECTURES[config.architecture].conventions.get("initializer_range", _INITIALIZER_RANGE)
-    if config.initializer == "xavier_uniform" and config.initializer_range != usual:
-        raise ValueError(
-            f"initializer_range {config.initializer_range} does nothing with initializer xavier_uniform, which draws "
-            "by the sizes of each matrix: leave it out, or choose another initializer, such as normal"
-        )

@@ -22,7 +22,8 @@ from pretrain.models import (
     model_class,
     num_multiplied_parameters,
 )
-from pretrain.models.configuration_loom import CHOICES, CONFIG_CLASSES
+from pretrain.models.configuration_checks import CHOICES
+from pretrain.models.configuration_loom import CONFIG_CLASSES
 from pretrain.models.mixers import MIXERS
 
 PUBLISHED = {
