@@ -5,23 +5,37 @@ What lives here: the way from a configuration to a model. What must not: how a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from pretrain.config import RunConfig
 from pretrain.continuing import learnt_pieces
 from pretrain.data.batches import layout_of
 from pretrain.files import read_manifest
-from pretrain.growing import extend_vocabulary, grow
+from pretrain.growing import extend_vocabulary, grow, grown_config, table_rows
+from pretrain.interop import from_stock_config
 from pretrain.interop.published import check_published
-from pretrain.model_reading import read_detector, read_loom, read_stock
-from pretrain.models import DETECTION_KEYS, GENERATOR_SIZE, loom_config, model_class, refuse_device
+from pretrain.model_reading import GENERATOR, read_config, read_detector, read_loom, read_stock
+from pretrain.models import (
+    DETECTION_KEYS,
+    GENERATOR_SIZE,
+    LoomConfig,
+    LoomEncoderConfig,
+    loom_config,
+    model_class,
+    refuse_device,
+    sizes_of_generator,
+)
 from pretrain.runtime import set_seed
 from pretrain.stock_model import adapt
+
+_SPECIAL_TOKENS = 5  # about as many as a tokenizer adds to numbers or bytes
 
 
 def build_model(config: RunConfig, *, console: Console | None = None) -> PreTrainedModel:
@@ -54,7 +68,7 @@ def build_model(config: RunConfig, *, console: Console | None = None) -> PreTrai
         set_seed(config.train.seed)
         sized = model_config(config, tokenizer)
         model = model_class(sized, config.objective.task)(sized)
-    _fits(config, model)
+    _fits(config, cast(LoomConfig, model.config))
     _attend(config, model)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
@@ -84,7 +98,7 @@ def _stock_model(config: RunConfig, vocab_size: int, console: Console | None) ->
     kind = layout_of(config.objective)
     model = _taught(config, read_stock(config.model.from_, kind), vocab_size)
     _covers(config, model, vocab_size)
-    _reaches(config, model)
+    _reaches(config, model.config)
     _attend(config, model)
     way = adapt(model, kind, config.data.sequence_length)
     if console is not None:
@@ -123,9 +137,9 @@ def check_attention(config: RunConfig, device: torch.device | str) -> None:
         raise ValueError(f"train.attention: {error}") from error
 
 
-def _reaches(config: RunConfig, model: PreTrainedModel) -> None:
+def _reaches(config: RunConfig, held: PreTrainedConfig) -> None:
     """Refuse rows that are longer than the model has positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(held, "max_position_embeddings", None)
     if positions is not None and positions < config.data.sequence_length:
         raise ValueError(
             f"data.sequence_length: {config.data.sequence_length} is longer than the {positions} positions of "
@@ -133,32 +147,32 @@ def _reaches(config: RunConfig, model: PreTrainedModel) -> None:
         )
 
 
-def _fits(config: RunConfig, model: PreTrainedModel) -> None:
+def _fits(config: RunConfig, held: LoomConfig) -> None:
     """Refuse a model that cannot be published, or that the rest of the run does not fit.
 
     Raises:
         ValueError: names the keys that do not fit each other.
     """
-    if config.objective.sentences != "none" and model.config.type_vocab_size < 2:
+    if config.objective.sentences != "none" and held.type_vocab_size < 2:
         raise ValueError(
             f"objective.sentences: {config.objective.sentences} tells two segments apart by token types, and the model "
-            f"has {model.config.type_vocab_size}; set model.type_vocab_size: 2, or take an architecture that has them "
+            f"has {held.type_vocab_size}; set model.type_vocab_size: 2, or take an architecture that has them "
             "(bert, electra, albert)"
         )
     # Every checkpoint is published in this form: refuse now what it cannot hold.
-    check_published(model.config, config.objective.task, config.export.to)
-    wants = config.objective.model_kind or model.config.kind
-    if wants != model.config.kind:
+    check_published(held, config.objective.task, config.export.to)
+    wants = config.objective.model_kind or held.kind
+    if wants != held.kind:
         raise ValueError(
             f"objective.kind: {config.objective.kind} needs an {wants}, model.from: {config.model.from_} is a "
-            f"{model.config.kind}; choose the other objective, or another model"
+            f"{held.kind}; choose the other objective, or another model"
         )
-    if wants == "seq2seq" and model.config.decoder_start_token_id != model.config.pad_token_id:
+    if wants == "seq2seq" and held.decoder_start_token_id != held.pad_token_id:
         raise ValueError(
-            f"model.from: {config.model.from_} begins its output with id {model.config.decoder_start_token_id}, and "
-            f"rows are made with padding there, id {model.config.pad_token_id}; take a model that begins with padding"
+            f"model.from: {config.model.from_} begins its output with id {held.decoder_start_token_id}, and "
+            f"rows are made with padding there, id {held.pad_token_id}; take a model that begins with padding"
         )
-    _reaches(config, model)
+    _reaches(config, held)
 
 
 def model_config(config: RunConfig, tokenizer: Mapping[str, Any]) -> Any:
@@ -179,3 +193,78 @@ def _positions(config: RunConfig) -> int:
     published = loom_config(config.model.architecture).max_position_embeddings
     sized = config.model.hidden_size is not None
     return config.data.sequence_length if sized else max(published, config.data.sequence_length)
+
+
+# --- what a model will be, before it is made ------------------------------------------------------------------------
+
+
+def planned_model_config(config: RunConfig, vocab_size: int | None = None) -> LoomConfig:
+    """The model's configuration as a run would make it; without a tokenizer by the size that is asked for.
+
+    Args:
+        config: the run configuration.
+        vocab_size: of a new model; default: that of the tokenizer, which is read where it is there or named.
+
+    Raises:
+        ValueError: when the sizes do not fit each other, or `model.from` or `tokenizer.from` cannot be read.
+    """
+    detects = config.objective.kind == "rtd"
+    if config.model.from_ is not None:
+        found: Any = read_config(config.model.from_)
+        held = found if isinstance(found, LoomConfig) else from_stock_config(found, config.objective.task)
+        if detects and getattr(held, "generator_size", None) is None:
+            held = _with_generator(held, _generator_keys(config, held))
+        if config.model.grow is not None:
+            held = grown_config(held, config.model.grow.model_dump(exclude_none=True))
+        if config.tokenizer.extend is not None:
+            rows = table_rows(held.vocab_size, held.vocab_size + config.tokenizer.extend)  # at most
+            held = type(held).from_dict(held.to_dict() | {"vocab_size": rows})
+        return held
+    size = _vocabulary(config) if vocab_size is None else vocab_size
+    return cast(LoomConfig, model_config(config, {"vocab_size": size, "special_ids": {"pad": 0}}))
+
+
+def _with_generator(config: LoomConfig, keys: dict[str, Any]) -> LoomConfig:
+    """The configuration of a discriminator, with a generator."""
+    return type(config).from_dict(config.to_dict() | keys)
+
+
+def _generator_keys(config: RunConfig, held: LoomConfig) -> dict[str, Any]:
+    """The keys that give a discriminator the generator that lies beside it, or a new one."""
+    beside = Path(str(config.model.from_)) / GENERATOR
+    if (beside / "config.json").is_file() and isinstance(held, LoomEncoderConfig):
+        found: Any = read_config(beside)
+        own: Any = found if isinstance(found, LoomConfig) else from_stock_config(found)
+        return sizes_of_generator(held, own, held.rtd_sharing)
+    given = {key: value for key, value in config.model.sizes().items() if key in DETECTION_KEYS}
+    return {"generator_size": GENERATOR_SIZE} | given
+
+
+def _vocabulary(config: RunConfig) -> int:
+    """Ids of the run's tokenizer: of the one that is there, or that is named, or as asked for."""
+    own, tokenizer = config.directory / "tokenizer", config.tokenizer
+    if (own / "manifest.json").is_file():
+        return int(read_manifest(own, "tokenizer").facts["vocab_size"])
+    if tokenizer.from_ is not None:
+        try:
+            return len(AutoTokenizer.from_pretrained(tokenizer.from_))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer.from: `{tokenizer.from_}` cannot be read ({str(error).splitlines()[0]}); for a plan give "
+                "its size instead: take `from` out and write tokenizer: {vocab_size: N}"
+            ) from None
+    more = _SPECIAL_TOKENS + len(tokenizer.special_tokens)
+    size = {"ids": tokenizer.vocab_size + more, "bytes": 256 + more}.get(tokenizer.algorithm, tokenizer.vocab_size)
+    return math.ceil(size / tokenizer.pad_to_multiple) * tokenizer.pad_to_multiple
+
+
+def check_model(config: RunConfig) -> None:
+    """Refuse a model that the run does not fit, or that cannot be published, before anything is made.
+
+    Raises:
+        ValueError: names the keys that do not fit each other.
+    """
+    if config.model.from_ is not None and config.model.class_ == "stock":
+        _reaches(config, read_config(config.model.from_))
+    else:
+        _fits(config, planned_model_config(config, config.tokenizer.vocab_size))

@@ -336,12 +336,13 @@ TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code t
 def evaluate(
     model: ModelName,
     data: Annotated[list[str], typer.Argument(metavar="TEXT...", help="files, globs, directories, python-stdlib")],
-    kind: Annotated[str, typer.Option(help="auto, causal or mlm")] = "auto",
+    kind: Annotated[str, typer.Option(help="auto, causal, mlm or seq2seq")] = "auto",
     text_field: Annotated[str, typer.Option(help="the field with the text; INPUT,REFERENCE of pairs")] = "text",
     document: Annotated[str, typer.Option(help="auto, row, file, line or paragraph")] = "auto",
     context: Annotated[int | None, typer.Option(help="tokens; default: the model's, at most 1024")] = None,
     stride: Annotated[int | None, typer.Option(help="causal: sliding context, new tokens a window")] = None,
     num_beams: Annotated[int | None, typer.Option(help="encoder-decoder: as of `pretrain generate`")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="encoder-decoder: of an output; default 100")] = None,
     bleu_tokenizer: Annotated[str, typer.Option(help="encoder-decoder: auto, 13a, intl, zh, char or none")] = "auto",
     max_bytes: Annotated[int | None, typer.Option(help="use about this much text; default: all of it")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "fp32",
@@ -363,6 +364,7 @@ def evaluate(
         context=context,
         stride=stride,
         num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
         bleu_tokenizer=bleu_tokenizer,
         max_bytes=max_bytes,
         precision=precision,
@@ -481,7 +483,7 @@ def import_(
     model: ModelDirectory,
     out: Annotated[Path, typer.Argument(help="the directory to make")],
 ) -> None:
-    """Turn a stock BERT, ModernBERT, GPT-2 or Llama directory into a Loom one, and prove that the logits are equal."""
+    """Turn a stock directory of a design that we hold into a Loom one, and prove that the logits are equal."""
     from pretrain.export import import_model
 
     _console().print(import_model(model, out).describe())

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
 
 from pretrain.config_data import SHARDS_KEYS, DataConfig, ValidationSplit
-from pretrain.config_model import HOME_KINDS, KINDS, ModelConfig, StockHome
+from pretrain.config_model import GENERATOR_KEYS, HOME_KINDS, KINDS, ModelConfig, StockHome
 from pretrain.config_objective import ObjectiveConfig
 from pretrain.config_text import ConfigError, describe_errors, dump_yaml, parse_yaml
 from pretrain.config_types import (
@@ -280,7 +280,7 @@ class RunConfig(Section):
     def _model_has_the_heads(self) -> None:
         """Refuse heads that the objective does not train, and classes that do not have those it does."""
         objective, model = self.objective, self.model
-        given = [key for key in ("generator_size", "generator", "rtd_weight", "rtd_sharing") if getattr(model, key)]
+        given = [key for key in GENERATOR_KEYS if getattr(model, key)]
         if given and objective.kind != "rtd" and not objective.is_own:
             raise ValueError(f"model.{given[0]} belongs to objective.kind: rtd and has no effect with {objective.kind}")
         if objective.kind == "rtd" and model.grow is not None:

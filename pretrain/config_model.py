@@ -34,7 +34,8 @@ HOME_KINDS: dict[str, Literal["encoder", "decoder", "seq2seq"]] = {
 AboveZero = Annotated[float, Field(gt=0.0)]
 
 _BESIDE_FROM = {"from_", "class_", "grow", "optimizer_state"}
-_OF_GENERATOR = {"generator_size", "generator", "rtd_weight", "rtd_sharing"}  # `from` may have none: this is a new one
+GENERATOR_KEYS = ("generator_size", "generator", "rtd_weight", "rtd_sharing")
+"""Keys of objective.kind: rtd; beside `from` too, which may have no generator yet."""
 
 
 class RopeScaling(Section):
@@ -163,7 +164,7 @@ class ModelConfig(Section):
                 "`optimizer_state` takes moments of the model that `from` names, weight by weight; name a checkpoint's "
                 "model there, without `grow`"
             )
-        if self.from_ is not None and (given := sorted(self.model_fields_set - _BESIDE_FROM - _OF_GENERATOR)):
+        if self.from_ is not None and (given := sorted(self.model_fields_set - _BESIDE_FROM - set(GENERATOR_KEYS))):
             raise ValueError(f"`from` takes a model as it is, so `{given[0]}` has no effect; remove one of them")
         return self
 

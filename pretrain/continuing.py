@@ -64,13 +64,13 @@ def optimizer_state_of(config: RunConfig, model: PreTrainedModel) -> Callable[[E
         model: the run's, before an engine splits it.
 
     Raises:
-        ValueError: as of `check_optimizer_state`; the function raises it when the state does not fit the model.
+        ValueError: the function does, as `check_optimizer_state`, and when the state does not fit the model.
     """
-    source = _checkpoint_of(config)
     tables = vocabulary_tensors(model)
     made_of = learnt_pieces(config)
 
     def take_along(engine: Engine) -> str:
+        source = _checkpoint_of(config)
         engine.ranks.on_main(lambda: _verify(source))
         found = checkpoint.load_checkpoint(source, verify=False)
         shapes = {name: known.shape for name, known in engine.shapes().items()}

@@ -54,6 +54,7 @@ def evaluate_model(
     stride: int | None = None,
     pseudo_perplexity: int = 100,
     num_beams: int | None = None,
+    max_new_tokens: int | None = None,
     bleu_tokenizer: str = "auto",
     max_bytes: int | None = None,
     precision: str = "fp32",
@@ -83,7 +84,9 @@ def evaluate_model(
         stride: causal: new tokens a window; default `context`, windows without overlap.
         pseudo_perplexity: mlm: sentences in the sample for it; 0 leaves it out.
         num_beams: encoder-decoder: outputs that are kept on the way to the likeliest; default: as its directory says.
-        bleu_tokenizer: encoder-decoder: how BLEU finds words; "auto": "zh" for Chinese references, else "13a".
+        max_new_tokens: encoder-decoder: tokens of an output at most; default 100, or what its positions leave.
+        bleu_tokenizer: encoder-decoder: how BLEU finds words; "auto": "zh" for Chinese references, "char" for other
+            scripts without spaces, else "13a".
         max_bytes: stop after the document that reaches this many bytes of text.
         precision: "fp32", "bf16" (autocast; the weights stay fp32), "fp16" (CUDA), or "auto": bf16 where it is native.
         device: default CUDA where there is one.
@@ -100,9 +103,11 @@ def evaluate_model(
     sources = resolve_sources(list(files), key="TEXT")
     verify_model(Path(model))
     loaded = load_model(model, tokenizer=tokenizer, kind=kind, device=device, trust_remote_code=trust_remote_code)
-    of_outputs = {"num_beams": num_beams, "bleu_tokenizer": None if bleu_tokenizer == "auto" else bleu_tokenizer}
-    of_text = {"context": context, "stride": stride}
-    _check_options(loaded, text_field, of_text if loaded.kind == "seq2seq" else of_outputs)
+    of_outputs: dict[str, object] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    of_outputs["bleu_tokenizer"] = None if bleu_tokenizer == "auto" else bleu_tokenizer
+    of_text: dict[str, object] = {"context": context, "stride": stride}
+    of_causal: dict[str, object] = {} if loaded.kind == "causal" else {"stride": stride}
+    _check_options(loaded, text_field, of_text if loaded.kind == "seq2seq" else of_outputs | of_causal)
     window = _window(loaded, context)
     arithmetic = resolve_precision(precision, loaded.device)
     texts = _texts(sources, document, text_field)
@@ -111,8 +116,8 @@ def evaluate_model(
         ours: dict[str, Any] = {"window": window, "max_bytes": max_bytes}
         if loaded.kind == "seq2seq":
             pairs = (sides(text) for text in texts)
-            chosen: dict[str, Any] = {"num_beams": num_beams, "bleu_tokenizer": bleu_tokenizer}
-            scores = score_outputs(loaded, pairs, passes, max_bytes=max_bytes, **chosen)
+            chosen: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "max_bytes": max_bytes}
+            scores = score_outputs(loaded, pairs, passes, bleu_tokenizer=bleu_tokenizer, **chosen)
         elif loaded.kind == "causal":
             scores = score_causal(loaded.model, loaded.tokenizer, texts, passes, stride=stride, **ours)
         else:
@@ -284,6 +289,9 @@ def show_scores(scores: Mapping[str, Any], console: Console) -> None:
     if context := scores.get("context"):
         overlap = f", stride {context['stride']:,}" if "stride" in context else ""
         table.add_row("context", f"{context['window']:,} tokens{overlap}")
+    if "cut_off" in scores:
+        ended = f"{scores['cut_off']:,} cut off after {scores['max_new_tokens']} tokens"
+        table.add_row("outputs", f"{scores['num_beams']} beams; {ended}")
     text = scores["text"]
     units = "pairs" if "bleu" in scores else "documents"
     table.add_row("text", f"{text['documents']:,} {units}, sha256 {text['sha256'][:12]}")

@@ -44,7 +44,7 @@ def extend_vocabulary(
     """
     table: Any = model.get_input_embeddings()
     before = int(table.weight.shape[0])
-    rows = max(before, -(-vocab_size // multiple) * multiple)
+    rows = table_rows(before, vocab_size, multiple)
     if unknown := sorted(old for parts in made_of.values() for old in parts if old >= before):
         raise ValueError(f"the tokenizer's id {unknown[0]} has no embedding in a model of {before}; it is another's")
     if isinstance(model, LoomPreTrainedModel):
@@ -67,6 +67,11 @@ def extend_vocabulary(
                 with torch.no_grad():
                     tensor.copy_(more_rows(tensor[:before].clone(), made_of, rows))
     return model
+
+
+def table_rows(before: int, vocab_size: int, multiple: int = 64) -> int:
+    """Rows of a table for `vocab_size` ids, padded up to a multiple; never fewer than it had."""
+    return max(before, -(-vocab_size // multiple) * multiple)
 
 
 def vocabulary_tensors(model: PreTrainedModel) -> set[str]:

@@ -129,6 +129,7 @@ def read_loom(
         ):
             table = "model.encoder.embed_tokens" if config.kind == "seq2seq" else "model.embed_tokens"
             raise ArtifactError(f"`{source}`: lm_head.weight differs from {table}.weight, to which it is tied")
+        loom.config.architectures = [type(loom).__name__]  # the class that was asked for, not the one that was saved
         return loom
     if config.model_type in HOMES and task not in HOMES[config.model_type].classes:
         held = " or ".join(home.name for home in HOMES.values() if task in home.classes)

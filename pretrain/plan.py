@@ -12,22 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoTokenizer
 
-from pretrain.building import model_config
+from pretrain.building import planned_model_config
 from pretrain.config import RunConfig
 from pretrain.data.batches import target_length_for
 from pretrain.data.loader import DataPlane
-from pretrain.files import read_manifest, write_bytes
-from pretrain.growing import grown_config
-from pretrain.interop import from_stock_config
-from pretrain.model_reading import read_config
-from pretrain.models import DETECTION_KEYS, GENERATOR_SIZE, LoomConfig, model_class
+from pretrain.files import write_bytes
+from pretrain.models import model_class
 from pretrain.planning.assumptions import Assumption, assumptions_for
 from pretrain.planning.choice import Margins, Option, best, evaluate, layouts, pass_of
 from pretrain.planning.facts import ModelFacts, model_facts
@@ -39,7 +35,6 @@ from pretrain.planning.words import COLUMNS, aligned, assumption_rows, choice, h
 
 Plan = dict[str, Any]
 
-_SPECIAL_TOKENS = 5  # about as many as a tokenizer adds to numbers or bytes
 _LARGEST_PUBLISHED = 32  # GPUs that a model below 1 B was published on
 
 
@@ -72,48 +67,6 @@ class Machine:
     def value(self, name: str) -> float:
         """An assumed number."""
         return self.assumed[name].value
-
-
-def planned_model_config(config: RunConfig) -> LoomConfig:
-    """The model's configuration as a run would make it; without a tokenizer by the size that is asked for.
-
-    Raises:
-        ValueError: when the sizes do not fit each other, or `model.from` or `tokenizer.from` cannot be read.
-    """
-    detects = config.objective.kind == "rtd"
-    if config.model.from_ is not None:
-        found: Any = read_config(config.model.from_)
-        held = found if isinstance(found, LoomConfig) else from_stock_config(found, config.objective.task)
-        if detects and getattr(held, "generator_size", None) is None:  # a new generator begins
-            given = {key: value for key, value in config.model.sizes().items() if key in DETECTION_KEYS}
-            held = _with_generator(held, {"generator_size": GENERATOR_SIZE} | given)
-        if config.model.grow is not None:
-            held = grown_config(held, config.model.grow.model_dump(exclude_none=True))
-        return held
-    return cast(LoomConfig, model_config(config, {"vocab_size": _vocabulary(config), "special_ids": {"pad": 0}}))
-
-
-def _with_generator(config: LoomConfig, keys: dict[str, Any]) -> LoomConfig:
-    """The configuration of a discriminator, with a generator."""
-    return type(config).from_dict(config.to_dict() | keys)
-
-
-def _vocabulary(config: RunConfig) -> int:
-    """Ids of the run's tokenizer: of the one that is there, or that is named, or as asked for."""
-    own, tokenizer = config.directory / "tokenizer", config.tokenizer
-    if (own / "manifest.json").is_file():
-        return int(read_manifest(own, "tokenizer").facts["vocab_size"])
-    if tokenizer.from_ is not None:
-        try:
-            return len(AutoTokenizer.from_pretrained(tokenizer.from_))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"tokenizer.from: `{tokenizer.from_}` cannot be read ({str(error).splitlines()[0]}); for a plan give "
-                "its size instead: take `from` out and write tokenizer: {vocab_size: N}"
-            ) from None
-    more = _SPECIAL_TOKENS + len(tokenizer.special_tokens)
-    size = {"ids": tokenizer.vocab_size + more, "bytes": 256 + more}.get(tokenizer.algorithm, tokenizer.vocab_size)
-    return math.ceil(size / tokenizer.pad_to_multiple) * tokenizer.pad_to_multiple
 
 
 def planned_facts(config: RunConfig) -> ModelFacts:

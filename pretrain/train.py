@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
-from pretrain.building import build_model, check_attention, model_config
+from pretrain.building import build_model, check_attention, check_model
 from pretrain.changes import changes_at_resume, check_allowed
 from pretrain.config import RunConfig
 from pretrain.continuing import check_optimizer_state, optimizer_state_of
@@ -26,7 +26,7 @@ from pretrain.data.validation import ValidationData
 from pretrain.data.verification import verify_run
 from pretrain.evaluation.likelihood import evaluate_batches, share_of_batches
 from pretrain.files import lock_directory, read_manifest, update_file
-from pretrain.interop.published import CODE, check_published
+from pretrain.interop.published import CODE
 from pretrain.models import (
     LoomConfig,
     flops_per_token,
@@ -57,9 +57,7 @@ def check(config: RunConfig) -> None:
     check_attention(config, "cuda" if torch.cuda.is_available() else "cpu")
     if trained_with(config) is None:
         check_optimizer_state(config)
-    if config.model.architecture is not None:
-        facts = {"vocab_size": config.tokenizer.vocab_size, "special_ids": {}}
-        check_published(model_config(config, facts), config.objective.task, config.export.to)
+    check_model(config)
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
@@ -144,8 +142,7 @@ def build_trainer(
     check_attention(config, job.device)
     model = model if model is not None else build_model(config, console=console)
     data = data if data is not None else build_data(config)
-    starts_anew = config.model.optimizer_state and trained_with(config) is None
-    at_start = optimizer_state_of(config, model) if starts_anew else None
+    at_start = optimizer_state_of(config, model) if config.model.optimizer_state else None
     ours = model.config if isinstance(model.config, LoomConfig) else None
     data.dropout_keys = ours is not None and wants_dropout_keys(ours)
     optimizer = optimizer if optimizer is not None else build_optimizer(config, model)

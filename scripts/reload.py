@@ -87,10 +87,11 @@ def facts(run: Path, model: torch.nn.Module, difference: float) -> dict[str, str
             for name in ("loss", "accuracy", "bits_per_byte"):
                 if values.get(name) is not None:
                     rows[f"{split}: {name.replace('_', ' ')}"] = f"{values[name]:.4f}"
-            start = result.get("scores_at_start", {}).get(f"{split}/bits_per_byte")
-            before = values.get("bits_per_byte_before", start)  # of the model it went on from, in its own pieces
-            if went_on(run) and before is not None:
-                rows[f"{split}: gained (-), forgotten (+)"] = f"{values['bits_per_byte'] - before:+.4f}"
+            first, last = (result.get(key, {}).get(f"{split}/bits_per_byte") for key in ("scores_at_start", "scores"))
+            if "bits_per_byte_before" in values:  # of the model it went on from, in its own pieces, on the whole set
+                first, last = values["bits_per_byte_before"], values["bits_per_byte"]
+            if went_on(run) and first is not None and last is not None:
+                rows[f"{split}: gained (-), forgotten (+)"] = f"{last - first:+.4f}"
     rows["logits, stock class against ours"] = f"equal within {difference:.1e}"
     rows["model (AutoModel loads it)"] = str(run / "export")
     rows["tokenizer"] = str(run / "tokenizer")

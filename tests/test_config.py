@@ -21,9 +21,10 @@ from pretrain.config import (
     load_config,
     shipped_directory,
 )
-from pretrain.config_model import KINDS
+from pretrain.config_model import GENERATOR_KEYS, KINDS
 from pretrain.config_text import ConfigError, dump_yaml, parse_yaml
 from pretrain.config_types import amount_in_steps
+from pretrain.models import DETECTION_KEYS
 
 TEXT = """
 name: small
@@ -198,3 +199,7 @@ def test_every_key_of_the_contract_is_known() -> None:
     assert {f"train.{budget}" for budget in BUDGETS} <= keys
     for key in ("tokenizer.from", "model.from", "data.validation.fraction", "data.document.start", "objective.rate"):
         assert key in keys
+
+
+def test_keys_of_detection_are_the_same_for_runs_and_models() -> None:
+    assert GENERATOR_KEYS == DETECTION_KEYS

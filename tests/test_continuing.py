@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -23,6 +26,8 @@ from pretrain.config import RunConfig, config_from_dict, dump_config
 from pretrain.continuing import gain_table
 from pretrain.data.loader import DataPlane
 from pretrain.evaluate import evaluate_model, evaluate_run
+from pretrain.evaluation.own_pieces import bits_per_byte_in_old_pieces
+from pretrain.evaluation.passes import Passes
 from pretrain.files import ArtifactError
 from pretrain.prepare import prepare_data
 from pretrain.tokenizer import train_tokenizer
@@ -319,6 +324,39 @@ def test_the_table_of_a_masked_model_is_in_nats_and_of_none_without_a_start_ther
     assert table is not None
     assert [list(column.cells) for column in table.columns] == [["old"], ["loss"], ["2.0000"], ["2.2500"], ["+0.2500"]]
     assert gain_table({"step": 7, "scores": scores}, {}) is None
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_old_pieces_are_scored_as_the_rows_of_a_run(root: Path, bos: int | None) -> None:
+    """By hand, each document alone: without a BOS nothing predicts its first token."""
+    model: Any = transformers.GPT2LMHeadModel.from_pretrained(stock_model(root, "gpt2")).eval()
+    documents = [[5, 9, 30, 7], [8, 8], [12, 30]]
+    made_of = {30: [6, 11]}  # a new piece
+    total = 0.0
+    for document in documents:
+        ids = [old for token in document for old in made_of.get(token, [token])] + [2]
+        row = torch.tensor([ids if bos is None else [bos, *ids]])
+        with torch.no_grad():
+            total += float(F.cross_entropy(model(input_ids=row).logits[0, :-1], row[0, 1:], reduction="sum"))
+    ends = np.cumsum([len(document) for document in documents])
+    store = SimpleNamespace(shard=lambda number: (np.concatenate(documents), ends))
+    tokens = SimpleNamespace(bos=bos, eos=2, pad=None)
+    split: Any = SimpleNamespace(num_bytes=50, tokens=tokens, shards=[0], store=store)
+    found = bits_per_byte_in_old_pieces(model, split, made_of, Passes(torch.device("cpu")), window=32)
+    assert found == pytest.approx(total / math.log(2) / 50, rel=1e-5)
+
+
+def test_a_model_that_the_run_does_not_fit_is_refused_before_anything_is_made(root: Path) -> None:
+    directory = str(stock_model(root, "gpt2"))
+    for sections, words in (
+        ({"data": {"sequence_length": 128}}, r"sequence_length: 128 is longer than the 64 positions"),
+        ({"objective": {"kind": "mlm"}}, "objective.kind: mlm needs an encoder"),
+        ({"model": {"from": directory, "class": "stock"}, "data": {"sequence_length": 128}}, "the 64 positions"),
+    ):
+        made = config(root, "unfit", **{"model": {"from": directory}, "tokenizer": {}} | sections)
+        with pytest.raises(ValueError, match=words):
+            check(made)
+        assert not made.directory.exists()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from objective_runs import prepared, run_of, write_text
 from rich.console import Console
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining
 
-from pretrain.building import build_model
+from pretrain.building import build_model, planned_model_config
 from pretrain.config import RunConfig
 from pretrain.config_model import ModelConfig
 from pretrain.model_reading import read_detector, read_stock
@@ -120,7 +120,7 @@ def test_one_command_makes_scores_and_publishes_both_parts(made: RunConfig, tmp_
 def test_a_shape_without_a_stock_home_is_published_with_its_code(
     made: RunConfig, architecture: str, sharing: str, tmp_path: Path
 ) -> None:
-    sizes = {"architecture": architecture, "embedding_size": 8, "rtd_sharing": sharing}
+    sizes = {"architecture": architecture, "embedding_size": 8, "rtd_sharing": sharing, "generator_size": 0.5}
     config = changed(made, out=tmp_path, model=sizes, export={"to": "code"}, train={"steps": 2})
     quietly(run, config)
     ours: Any = read_detector(config.directory / "train" / "checkpoints" / "step-00000002" / "model")
@@ -133,6 +133,8 @@ def test_a_shape_without_a_stock_home_is_published_with_its_code(
     went_on: Any = build_model(config.model_copy(update={"model": model}))
     assert torch.allclose(logits(went_on), logits(ours), atol=1e-5)
     assert (went_on.config.rtd_weight, went_on.config.rtd_sharing) == (7.0, sharing)
+    planned: Any = planned_model_config(config.model_copy(update={"model": model}))
+    assert planned.generator_config().to_dict() == went_on.config.generator_config().to_dict()
     for first, second in zip(went_on.generator.parameters(), ours.generator.parameters(), strict=True):
         assert torch.equal(first, second)
 

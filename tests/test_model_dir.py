@@ -211,6 +211,8 @@ def test_other_classes_of_pretraining_are_read_whole(name: str, config: Any, tas
     loom.save_pretrained(tmp_path / "loom")
     own = read_loom(tmp_path / "loom", task=stored_task(read_config(tmp_path / "loom")))
     assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in loom.state_dict().items())
+    if task == "sentence_pretraining":  # read for language modelling alone, it is a model for that alone
+        assert read_loom(tmp_path / "loom").config.architectures == ["LoomEncoderForMaskedLM"]
     assert type(read_stock(tmp_path / "again", task=task)).__name__ == name
     if task == "replaced_token_detection":
         with pytest.raises(ArtifactError, match="has no language-model head"):

@@ -153,3 +153,6 @@ def test_a_grown_model_and_a_detector_are_those_that_the_run_builds(tmp_path: Pa
     for model, objective in ((grown, {"kind": "mlm"}), ({"from": str(tmp_path / "detector")}, {"kind": "rtd"})):
         config = config_from_dict(plain | {"model": model, "objective": objective})
         assert planned_facts(config).size == sum(one.numel() for one in build_model(config).parameters())
+    plain["tokenizer"] = {"extend": 1_000}
+    extended = config_from_dict(plain | {"model": {"from": str(tmp_path / "small")}, "objective": {"kind": "mlm"}})
+    assert planned_model_config(extended).vocab_size == -(-(sizes["vocab_size"] + 1_000) // 64) * 64

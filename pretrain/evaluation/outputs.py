@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pretrain.evaluation.text import TextTally
 DEFAULT_NEW_TOKENS = 100
 _OF_BEAMS = ("length_penalty", "early_stopping")
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_KANA = re.compile(r"[\u3041-\u30ff]")
+_UNSPACED = re.compile(r"[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff]")  # Thai to Khmer, kana
 BLEU_TOKENIZERS = ("auto", "13a", "intl", "zh", "char", "none")
 
 
@@ -86,6 +87,16 @@ def _output_rules(model: LoadedModel, own: Any, num_beams: int) -> dict[str, Any
     return {"decoder_start_token_id": start} | {name: value for name, value in said.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Texts in the order of their inputs, and how they were made; `cut_off` of them did not end by themselves."""
+
+    texts: list[str]
+    num_beams: int
+    max_new_tokens: int
+    cut_off: int
+
+
 def write_outputs(
     model: LoadedModel,
     inputs: Sequence[str],
@@ -93,8 +104,8 @@ def write_outputs(
     *,
     num_beams: int | None = None,
     max_new_tokens: int | None = None,
-) -> list[str]:
-    """The likeliest output of an encoder-decoder for each input, in order.
+) -> Outputs:
+    """The likeliest output of an encoder-decoder for each input.
 
     Inputs of like length share a batch; padding is masked, so the outputs do not depend on the batch.
 
@@ -110,16 +121,24 @@ def write_outputs(
     """
     if num_beams is not None and num_beams < 1:
         raise ValueError(f"num_beams: {num_beams} must be at least 1")
-    encoded = [input_ids(model, text) for text in inputs]
-    longest = max(map(len, encoded), default=1)
-    room = output_room(model, longest, max_new_tokens)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} must be at least 1")
+    encoded = []
+    room = output_room(model, 1, max_new_tokens)
+    for number, text in enumerate(inputs, start=1):
+        try:
+            encoded.append(input_ids(model, text))
+            output_room(model, len(encoded[-1]), max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"input {number} (`{text[:40]}`): {error}") from error
     own = getattr(model.model, "generation_config", None)
     beams = num_beams or getattr(own, "num_beams", None) or 1
     options = generation_config(model, room, {"do_sample": False, "num_beams": beams})
     pad = options.pad_token_id
     order = sorted(range(len(encoded)), key=lambda number: -len(encoded[number]))
     outputs = [""] * len(encoded)
-    done = 0
+    ends = torch.tensor(options.eos_token_id).reshape(-1)
+    done = cut_off = 0
     with passes.of(model.model):
         while order:
             rows = max(1, passes.batch_tokens // (len(encoded[order[0]]) * beams))
@@ -133,13 +152,14 @@ def write_outputs(
             made = model.model.generate(
                 ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options
             )
+            cut_off += int((~torch.isin(made[:, 1:].cpu(), ends).any(dim=1)).sum())
             texts = model.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for member, text in zip(members, texts, strict=True):
                 outputs[member] = str(text).strip()
             done += len(members)
             if passes.progress is not None:
                 passes.progress("outputs", done, len(encoded))
-    return outputs
+    return Outputs(outputs, beams, room, cut_off)
 
 
 def score_outputs(
@@ -162,11 +182,12 @@ def score_outputs(
         max_new_tokens: as of `write_outputs`.
         max_bytes: stop after the pair whose reference reaches this many bytes.
         bleu_tokenizer: how BLEU finds words: one of `BLEU_TOKENIZERS`; "auto" takes "zh" (each Chinese character a
-            word) when the references are mostly Chinese, else sacrebleu's own default, "13a".
+            word) when the references are mostly Chinese, "char" when they are in another script without spaces
+            (Japanese, Thai, Lao, Burmese, Khmer), else sacrebleu's own default, "13a".
 
     Returns:
-        `bleu` and `chrf` (0 to 100) with their signatures, `text` (pairs, bytes of the references, their SHA-256), and
-        `outputs`, one a pair.
+        `bleu` and `chrf` (0 to 100) with their signatures, `num_beams`, `max_new_tokens`, `cut_off` (outputs that did
+        not end by themselves), `text` (pairs, bytes of the references, their SHA-256), and `outputs`, one a pair.
 
     Raises:
         ValueError: when there is no pair, an input does not fit, or sacrebleu is not installed.
@@ -186,19 +207,23 @@ def score_outputs(
     if not references:
         raise ValueError("there is no pair to score; check the files and the columns of inputs and references")
     words = _word_finder(references) if bleu_tokenizer == "auto" else bleu_tokenizer
-    outputs = write_outputs(model, inputs, passes, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    made = write_outputs(model, inputs, passes, num_beams=num_beams, max_new_tokens=max_new_tokens)
     scores: dict[str, Any] = {}
     for name, metric in (("bleu", metrics.BLEU(tokenize=words)), ("chrf", metrics.CHRF())):
-        scores[name] = float(metric.corpus_score(outputs, [references]).score)
+        scores[name] = float(metric.corpus_score(made.texts, [references]).score)
         scores[f"{name}_signature"] = str(metric.get_signature())
     text = {"documents": tally.documents, "bytes": tally.bytes, "sha256": tally.sha256}
-    return scores | {"text": text, "outputs": outputs}
+    how = {"num_beams": made.num_beams, "max_new_tokens": made.max_new_tokens, "cut_off": made.cut_off}
+    return scores | how | {"text": text, "outputs": made.texts}
 
 
 def _word_finder(references: Sequence[str]) -> str:
+    """What sacrebleu calls the way to find words, by the script of most letters."""
     text = "".join(references)
-    han, letters = len(_HAN.findall(text)), sum(map(str.isalpha, text))
-    return "zh" if 2 * han > letters and len(_KANA.findall(text)) * 20 < han else "13a"
+    han, other, letters = len(_HAN.findall(text)), len(_UNSPACED.findall(text)), sum(map(str.isalpha, text))
+    if 2 * (han + other) <= letters:
+        return "13a"
+    return "char" if other * 20 >= han else "zh"
 
 
 def _sacrebleu() -> Any:

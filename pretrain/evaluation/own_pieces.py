@@ -18,7 +18,7 @@ from torch import nn
 
 from pretrain.data.batches import LoadedSplit
 from pretrain.evaluation.passes import Passes, score_rows
-from pretrain.evaluation.text import causal_rows
+from pretrain.evaluation.text import Row, causal_rows
 
 
 def bits_per_byte_in_old_pieces(
@@ -37,14 +37,15 @@ def bits_per_byte_in_old_pieces(
     """
     if not split.num_bytes:
         return None
-    ends = split.tokens.eos
+    ends, starts = split.tokens.eos, split.tokens.bos
     assert ends is not None
-    starts = ends if split.tokens.bos is None else split.tokens.bos
-    rows = [
-        row
-        for ids in _documents(split)
-        for row in causal_rows(np.append(_old(ids, made_of), np.int32(ends)), starts, window, window)
-    ]
+    rows: list[Row] = []
+    for document in _documents(split):
+        ids = np.append(_old(document, made_of), np.int32(ends))
+        if starts is None:  # nothing predicts the first token then, as in the rows of a run
+            rows += causal_rows(ids[1:], int(ids[0]), window, window)
+        else:
+            rows += causal_rows(ids, starts, window, window)
     losses, _ = score_rows(model, rows, passes, pad_id=split.tokens.pad or 0, needs_mask=True, stage="before")
     return float(losses.sum()) / math.log(2) / split.num_bytes
 

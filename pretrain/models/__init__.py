@@ -33,7 +33,7 @@ from .configuration_loom import (
     loom_config,
 )
 from .costs import flops_per_token, num_multiplied_parameters
-from .detector_parts import GENERATOR_SIZE, join_parts
+from .detector_parts import GENERATOR_SIZE, join_parts, sizes_of_generator
 from .dropout import wants_dropout_keys
 from .losses import linear_cross_entropy
 from .modeling_loom import LoomModel, LoomPreTrainedModel
@@ -93,6 +93,7 @@ __all__ = [
     "pick_backend",
     "refuse_device",
     "register_hub_code",
+    "sizes_of_generator",
     "task_of",
     "wants_dropout_keys",
 ]

@@ -45,7 +45,7 @@ def join_parts(
         keys = {"generator_size": GENERATOR_SIZE} | keys
     else:
         sharing = _sharing(discriminator, generator)
-        keys = keys | {"rtd_sharing": sharing} | _sizes_of_generator(base, generator.config, sharing)
+        keys = keys | {"rtd_sharing": sharing} | sizes_of_generator(base, generator.config, sharing)
     config = type(base).from_dict(base.to_dict() | keys)
     config.architectures = [LoomEncoderForReplacedTokenDetection.__name__]
     model = LoomEncoderForReplacedTokenDetection(config)
@@ -73,8 +73,11 @@ def _sharing(discriminator: LoomEncoderForReplacedTokenDetection, generator: Loo
     return stated if pairs[0][0].shape == pairs[0][1].shape else "none"
 
 
-def _sizes_of_generator(config: LoomEncoderConfig, own: LoomEncoderConfig, sharing: str) -> dict[str, Any]:
-    """The keys of a discriminator's config by which its `generator_config` is the generator's own config."""
+def sizes_of_generator(config: LoomEncoderConfig, own: LoomEncoderConfig, sharing: str) -> dict[str, Any]:
+    """The keys of a discriminator's config by which its `generator_config` is the generator's own config.
+
+    Raises ValueError where there are none, or the two do not belong together.
+    """
     if own.architecture != config.architecture or own.vocab_size != config.vocab_size:
         raise ValueError(
             f"a generator of architecture {own.architecture} with {own.vocab_size} ids does not belong to a "
@@ -82,10 +85,12 @@ def _sizes_of_generator(config: LoomEncoderConfig, own: LoomEncoderConfig, shari
         )
     found: dict[str, Any] = {"generator_size": own.hidden_size / config.hidden_size, "rtd_sharing": sharing}
     names = [name for name in config_keys(config.architecture) if name not in DETECTION_KEYS]
-    for _ in range(3):  # what one key brings along may have to be said too
+    for _ in range(4):  # what one key brings along may have to be said too
         made = type(config).from_dict(config.to_dict() | {"generator": None} | found).generator_config()
         given = {name: getattr(own, name) for name in names if getattr(own, name) != getattr(made, name)}
         if not given:
             break
         found["generator"] = found.get("generator", {}) | given
+    else:
+        raise ValueError(f"the discriminator's config cannot say what {', '.join(given)} of its generator are")
     return found

@@ -3,9 +3,10 @@
 What lives here: how what the forward passes of a step say of themselves becomes numbers of the global batch. What must
 not: what the numbers mean; a model names them in the `parts` of its output.
 
-A part is a pair on the device, a sum and what it is divided by. Both add up over micro-batches and ranks, so that the
-number is that of the global batch however it is cut. Nobody waits for the device: the pairs of a step that is logged
-are sent to the host behind its work, and read when the loss of that step is known.
+A part is a pair on the device, a sum and what it is divided by, and every forward pass names the same ones, on every
+process. Both add up over micro-batches and ranks, so that the number is that of the global batch however it is cut.
+Nobody waits for the device: the pairs of a step that is logged are sent to the host behind its work, and read when the
+loss of that step is known.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ class Parts:
         if not pairs:
             return
         names = tuple(sorted(pairs))
-        assert self._names in ((), names), "every forward pass of a step names the same parts"
+        if self._names not in ((), names):
+            raise ValueError(
+                f"the output's parts are {', '.join(names)}, and {', '.join(self._names)} in another micro-batch: each "
+                "forward pass on each process has to name the same ones, with 0 for what it has none of"
+            )
         own = torch.stack([pairs[name].detach().float() for name in names])  # (parts, 2)
         self._names, self._sums = names, own if self._sums is None else self._sums + own
 

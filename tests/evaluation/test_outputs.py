@@ -61,7 +61,7 @@ def test_outputs_do_not_depend_on_the_batch(loaded: LoadedModel, num_beams: int)
     assert len(set(alone)) > 1
     for batch_tokens in (1, 40, 10_000):
         passes = Passes(torch.device("cpu"), None, batch_tokens)
-        assert write_outputs(loaded, inputs, passes, num_beams=num_beams, max_new_tokens=12) == alone
+        assert write_outputs(loaded, inputs, passes, num_beams=num_beams, max_new_tokens=12).texts == alone
 
 
 def test_the_scores_are_sacrebleus(loaded: LoadedModel) -> None:
@@ -75,7 +75,12 @@ def test_the_scores_are_sacrebleus(loaded: LoadedModel) -> None:
     english = [(source, "it is " + source) for source, _ in PAIRS]
     assert "tok:13a" in score_outputs(loaded, english, passes, max_new_tokens=2)["bleu_signature"]
     japanese = [(source, "これは" + reference + "です") for source, reference in PAIRS]
-    assert "tok:13a" in score_outputs(loaded, japanese, passes, max_new_tokens=2)["bleu_signature"]
+    assert "tok:char" in score_outputs(loaded, japanese, passes, max_new_tokens=2)["bleu_signature"]
+    thai = [(source, "วันนี้อากาศดี") for source, _ in PAIRS]
+    short = score_outputs(loaded, thai, passes, max_new_tokens=2, num_beams=2)
+    assert "tok:char" in short["bleu_signature"]
+    assert (short["num_beams"], short["max_new_tokens"]) == (2, 2)
+    assert short["cut_off"] == sum(len(text) > 0 for text in short["outputs"])
     char = score_outputs(loaded, english, passes, max_new_tokens=2, bleu_tokenizer="char", max_bytes=1)
     assert "tok:char" in char["bleu_signature"]
     assert char["text"]["documents"] == 1
@@ -83,7 +88,7 @@ def test_the_scores_are_sacrebleus(loaded: LoadedModel) -> None:
 
 def test_a_perfect_model_scores_a_hundred(loaded: LoadedModel) -> None:
     passes = Passes(torch.device("cpu"))
-    outputs = write_outputs(loaded, [source for source, _ in PAIRS], passes, max_new_tokens=20)
+    outputs = write_outputs(loaded, [source for source, _ in PAIRS], passes, max_new_tokens=20).texts
     own = [(source, output) for (source, _), output in zip(PAIRS, outputs, strict=True)]
     scores = score_outputs(loaded, own, passes, max_new_tokens=20, bleu_tokenizer="char")
     assert scores["bleu"] == pytest.approx(100)
@@ -108,6 +113,7 @@ def test_from_the_command_line(directory: Path, tmp_path: Path) -> None:
         ({"text_field": ("en", "zh"), "context": 4}, "context: 4 belongs to models of one text"),
         ({"text_field": ("en", "zh"), "bleu_tokenizer": "han"}, "bleu_tokenizer: han is unknown"),
         ({"text_field": ("en", "zh"), "num_beams": 0}, "num_beams: 0 must be at least 1"),
+        ({"text_field": ("en", "zh"), "max_new_tokens": 0}, "max_new_tokens: 0 must be at least 1"),
         ({"text_field": ("zz", "zh")}, "zz"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -119,8 +125,14 @@ def test_other_models_take_one_text(directories: dict[str, Path], tmp_path: Path
     text.write_text("some words\n")
     for options, message in (
         ({"text_field": ("a", "b")}, "two sides of pairs, which encoder-decoders are scored on"),
+        ({"max_new_tokens": 2}, "max_new_tokens: 2 belongs to encoder-decoders"),
         ({"num_beams": 2}, "num_beams: 2 belongs to encoder-decoders"),
         ({"bleu_tokenizer": "zh"}, "bleu_tokenizer: zh belongs to encoder-decoders"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_model(directories["gpt2"], [str(text)], device="cpu", **options)
+
+
+def test_an_input_that_does_not_fit_is_named(loaded: LoadedModel) -> None:
+    with pytest.raises(ValueError, match=r"input 2 \(`x{40}`\): an input of 71 tokens does not fit the 32 positions"):
+        write_outputs(loaded, ["a", "x" * 70], Passes(torch.device("cpu")))

@@ -215,7 +215,7 @@ def test_a_gradient_on_a_cpu_is_refused_with_the_remedy() -> None:
         ("varlen", {"position_kind": "relative"}, "position_kind relative"),
         ("varlen", {"attention_softcap": 2.0}, "attention_softcap 2.0"),
         ("varlen", {"head_dim": 20}, "head_dim 20"),
-        ("flesh", {}, "'flesh' is unknown"),
+        ("flesh", {}, '"flesh". is not supported by Loom models: take one of eager, sdpa, flex, varlen'),
     ],
 )
 def test_a_backend_that_cannot_hold_the_config_is_refused(backend: str, keys: dict[str, Any], message: str) -> None:
