@@ -203,8 +203,9 @@ def page(races: list[Race], decoded: dict[int, dict[str, float]], about: dict[st
         f"Written by `{command}` at commit {_commit()}, {describe_machine(torch.device('cpu'))}, fp32, one seed.",
         "",
         f"A Transformer (Llama, {about['layers']} x {about['width']}) and an LSTM (2 layers) of {about['parameters']:,}"
-        f" and {about['lstm']:,} parameters predict the next byte of Python's standard library. Every step has",
-        f"{about['tokens']:,} tokens; losses are of held-out text after {about['steps']:,} steps, in nats a byte.",
+        f" and {about['lstm']:,} parameters",
+        f"predict the next byte of Python's standard library. Every step has {about['tokens']:,} tokens; losses are of",
+        f"held-out text after {about['steps']:,} steps, in nats a byte.",
         "",
         "![step time and loss by length](parallel.svg)",
         "",
@@ -219,9 +220,7 @@ def page(races: list[Race], decoded: dict[int, dict[str, float]], about: dict[st
         )
     lines += [
         "",
-        "An LSTM waits at every position for the one before it, so that fewer and longer rows leave a wide machine",
-        "idle. Attention sees all positions of a row at once, at the price of a product that grows with the square of",
-        "the length.",
+        *_words(races, about["tokens"]),
         "",
         "## Going on from a prompt, one row, milliseconds a token",
         "",
@@ -236,6 +235,25 @@ def page(races: list[Race], decoded: dict[int, dict[str, float]], about: dict[st
         "it every token costs the whole row again.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _words(races: list[Race], tokens: int) -> list[str]:
+    """What the table says, and what it cannot say."""
+    ratios = [one.seconds["LSTM"] / one.seconds["Transformer"] for one in races]
+    gains = [one.losses["LSTM"] - one.losses["Transformer"] for one in races]
+    rows, last = tokens // races[-1].length, races[-1].length
+    text = f"""
+After the same tokens the Transformer's loss is {min(gains):.2f} to {max(gains):.2f} nats a byte lower. An LSTM waits at
+every position for the one before it: it is parallel over rows alone, of which there are {rows} at length {last}.
+Attention is parallel over positions too, at the price of a product that grows with the square of the length."""
+    if max(ratios) < 1:
+        text += f"""
+
+**On this machine that waiting costs nothing**: a step of the LSTM takes {min(ratios):.2f} to {max(ratios):.2f} of the
+Transformer's time at every length, probably as few rows keep a few cores busy, and as a Transformer has more small
+operations beside its products. The LSTM could take two to three steps in the time of one; what it reaches then was not
+measured. Nor was a device with thousands of lanes, where few rows would leave most of them idle."""
+    return text.strip().splitlines()
 
 
 def plot(races: list[Race], path: Path) -> None:
