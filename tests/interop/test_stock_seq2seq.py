@@ -17,8 +17,9 @@ from stock_builders import kept_state, load_exactly, randomize, relative, tokens
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from pretrain.interop import NoStockHome, config_json, from_stock, from_stock_config, stock_config, to_stock
+from pretrain.interop.published import joined_names
 from pretrain.model_dir import write_model, write_model_share
-from pretrain.model_reading import joined_names, read_loom, read_stock
+from pretrain.model_reading import read_loom, read_stock
 from pretrain.models import LoomSeq2SeqForConditionalGeneration, loom_config, model_class, model_from_config
 from pretrain.published_store import PublishedStore
 
