@@ -13,20 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from pretrain.files import LateBytes, write_bytes, write_json, write_safetensors
-from pretrain.interop import (
-    Rule,
-    config_json,
-)
+from pretrain.interop import Rule, config_json
 from pretrain.interop.published import code_files, published_rules
-from pretrain.models import (
-    LoomConfig,
-)
+from pretrain.models import LoomConfig
 from pretrain.training.state import late_bytes
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -26,18 +26,8 @@ from transformers import (
 
 from pretrain.evaluation.loading import check_source, loading
 from pretrain.files import ArtifactError
-from pretrain.interop import (
-    HOMES,
-    from_stock,
-    from_stock_config,
-)
-from pretrain.models import (
-    LoomConfig,
-    LoomPreTrainedModel,
-    join_parts,
-    model_class,
-    model_from_config,
-)
+from pretrain.interop import HOMES, from_stock, from_stock_config
+from pretrain.models import LoomConfig, LoomPreTrainedModel, join_parts, model_class, model_from_config
 
 _OWN_CODE = "it carries code of its own, which is not run here; give a model of a stock architecture"
 _LOOM_SPARE = (r"^pooler\.", r"^seq_relationship\.")  # what stands beside a language-model head for pairs of sentences

@@ -1,6 +1,7 @@
 """The model of a checkpoint, stored in its published form and read back by the model's own names.
 
-What lives here: what the trainer asks of a model store. What must not: names and rules of architectures.
+What lives here: what the trainer asks of a model store. What must not: how names are mapped, or how
+a directory is written.
 """
 
 from __future__ import annotations
@@ -9,22 +10,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
 from pretrain.files import ArtifactError
-from pretrain.interop import (
-    Rule,
-    rules_from_stock,
-)
+from pretrain.interop import Rule, rules_from_stock
 from pretrain.interop.published import joined_names
 from pretrain.model_dir import write_model, write_model_share
 from pretrain.model_reading import read_state
-from pretrain.models import (
-    LoomConfig,
-)
+from pretrain.models import LoomConfig
 
 
 class PublishedStore:

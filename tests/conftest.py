@@ -26,3 +26,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         report.outcome = "failed"
         report.longrepr = f"PRETRAIN_REQUIRE=all, but this was skipped: {reason}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, None]:
+    """The same for a file that is left out whole, because a library that it tries is not installed."""
+    report = (yield).get_result()
+    if os.environ.get("PRETRAIN_REQUIRE") == "all" and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"PRETRAIN_REQUIRE=all, but this file was skipped: {report.longrepr[2]}"
