@@ -79,7 +79,7 @@ DOORS = {
     "huggingface_hub": ("publish.py", "interop/"),  # interop: the error class of transformers' strict configs
     "sacrebleu": ("evaluation/outputs.py",),
     "yaml": ("config.py", "config_text.py"),
-    "typer": ("cli.py",),
+    "typer": ("cli/",),
 }
 MODEL_IMPORTS = {"torch", "transformers", "pretrain"}
 TRAIN_IMPORTS = {

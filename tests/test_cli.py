@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pretrain import cli
+from pretrain.cli import options, running
 from pretrain.config import RunConfig, load_config
 from pretrain.launch import Supervision
 from pretrain.strategy import read_launch, resolve_strategy
@@ -113,9 +114,9 @@ def test_how_many_processes_are_launched(
 
     monkeypatch.setattr("pretrain.launch.launch", launch)
     overrides = [] if configured is None else [f"train.processes={configured}"]
-    config = cli._own_config("quickstart-gpt", [*overrides, f"out={tmp_path}"], given)
+    config = options.own_config("quickstart-gpt", [*overrides, f"out={tmp_path}"], given)
     assert config.train.processes == (configured and (given or configured)), "what is not launched trains with it, too"
-    found = cli._launcher("quickstart-gpt", [], config, given, None, None)
+    found = running.launcher("quickstart-gpt", [], config, given, None, None)
     if found is not None:
         found("auto")
     assert asked == ([] if launched is None else [launched])
@@ -140,7 +141,7 @@ def test_one_process_in_place_of_the_configured_two_trains_here(
 
 def test_hang_seconds_are_for_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="add --supervise"):
-        cli._supervision(False, 10, 60.0)
+        running.supervision_of(False, 10, 60.0)
     for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     asked: list[Supervision] = []
@@ -152,7 +153,7 @@ def test_hang_seconds_are_for_supervision(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("pretrain.launch.launch", launch)
     config = load_config("quickstart-gpt")
     for seconds in (None, 60.0):
-        found = cli._launcher("quickstart-gpt", [], config, None, cli._supervision(True, 3, seconds), None)
+        found = running.launcher("quickstart-gpt", [], config, None, running.supervision_of(True, 3, seconds), None)
         assert found is not None
         found("auto")
     assert [(one.max_restarts, one.hang_seconds) for one in asked] == [(3, 0.0), (3, 60.0)]

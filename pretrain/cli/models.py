@@ -1,0 +1,169 @@
+"""Commands that take a model directory: score it, ask it, look into it, write it in another form."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pretrain.cli.options import Device, ModelDirectory, ModelName, Tokenizer, TrustCode, app, console
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    data: Annotated[list[str], typer.Argument(metavar="TEXT...", help="files, globs, directories, python-stdlib")],
+    kind: Annotated[str, typer.Option(help="auto, causal, mlm or seq2seq")] = "auto",
+    text_field: Annotated[str, typer.Option(help="the field with the text; INPUT,REFERENCE of pairs")] = "text",
+    document: Annotated[str, typer.Option(help="auto, row, file, line or paragraph")] = "auto",
+    context: Annotated[int | None, typer.Option(help="tokens; default: the model's, at most 1024")] = None,
+    stride: Annotated[int | None, typer.Option(help="causal: sliding context, new tokens a window")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="encoder-decoder: as of `pretrain generate`")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="encoder-decoder: of an output; default 100")] = None,
+    bleu_tokenizer: Annotated[str, typer.Option(help="encoder-decoder: auto, 13a, intl, zh, char or none")] = "auto",
+    max_bytes: Annotated[int | None, typer.Option(help="use about this much text; default: all of it")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "fp32",
+    pseudo_perplexity: Annotated[int, typer.Option(help="masked: over this many sentences; 0 for none")] = 100,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    output: Annotated[Path | None, typer.Option(help="write the scores as JSON here")] = None,
+) -> None:
+    """Score any Hugging Face model on text: bits per byte, masked accuracy, or BLEU of outputs for pairs."""
+    from pretrain.evaluate import evaluate_model, show_scores
+
+    scores = evaluate_model(
+        model,
+        data,
+        kind=kind,
+        text_field=_fields(text_field),
+        document=document,
+        context=context,
+        stride=stride,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        bleu_tokenizer=bleu_tokenizer,
+        max_bytes=max_bytes,
+        precision=precision,
+        pseudo_perplexity=pseudo_perplexity,
+        tokenizer=tokenizer,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        out=output,
+        console=console(),
+    )
+    show_scores(scores, Console(soft_wrap=True))
+
+
+def _fields(text_field: str) -> str | tuple[str, str]:
+    source, comma, target = text_field.partition(",")
+    return (source, target) if comma else text_field
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Argument(help="the text to go on from, or the input of an encoder-decoder")],
+    max_new_tokens: Annotated[int | None, typer.Option(help="tokens to add at most; default: what fits")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; default: 0.8, of an encoder-decoder 0")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample from the k likeliest")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest that hold this much")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="keep so many outputs on the way to the likeliest")] = None,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Continue a text with any causal model, or answer it with any encoder-decoder."""
+    from pretrain.generate import generate_text
+
+    text = generate_text(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+        seed=seed,
+        tokenizer=tokenizer,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    sys.stdout.write(text + "\n")
+
+
+@app.command()
+def fill(
+    model: ModelName,
+    text: Annotated[str, typer.Argument(help="a text with one or more [MASK]")],
+    top_k: Annotated[int, typer.Option(help="candidates for each mask")] = 5,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Fill the masks of a text with any masked model."""
+    from pretrain.fill import fill_masks, show_candidates
+
+    filled = fill_masks(
+        model, text, top_k=top_k, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code
+    )
+    show_candidates(filled, Console(soft_wrap=True))
+
+
+@app.command()
+def attention(
+    model: ModelName,
+    text: Annotated[str, typer.Argument(help="what it reads")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("attention.html"),
+    target: Annotated[str | None, typer.Option(help="an encoder-decoder's output; default: what it generates")] = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Write a page that shows where a model looks: a map of every head, rollout, head importance."""
+    from pretrain.attention import write_attention
+
+    path = write_attention(
+        model,
+        text,
+        out,
+        target=target,
+        tokenizer=tokenizer,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    console().print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="a run directory, a checkpoint, or a model directory")],
+    out: Annotated[Path, typer.Argument(help="the directory to make")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    max_shard_bytes: Annotated[
+        int, typer.Option(help="larger models are split over files of this size")
+    ] = 5_000_000_000,
+    code: Annotated[bool, typer.Option("--code", help="our own form with its code, which holds any shape")] = False,
+) -> None:
+    """Write a model for publishing, and prove that stock transformers computes the same logits."""
+    from pretrain.export import export_model
+
+    proof = export_model(checkpoint, out, dtype=dtype, max_shard_bytes=max_shard_bytes, code=code)
+    console().print(proof.describe())
+
+
+@app.command(name="import")
+def import_(
+    model: ModelDirectory,
+    out: Annotated[Path, typer.Argument(help="the directory to make")],
+) -> None:
+    """Turn a stock directory of a design that we hold into a Loom one, and prove that the logits are equal."""
+    from pretrain.export import import_model
+
+    console().print(import_model(model, out).describe())
