@@ -1,5 +1,7 @@
 """The command line: one command a verb, in rooms by what they do."""
 
+# ruff: noqa: I001 (the order of the rooms is that of the help)
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ import typer
 from rich.console import Console
 
 from pretrain import __version__
-from pretrain.cli import running, looking, models  # noqa: F401  # isort: skip (each adds its commands, in this order)
+from pretrain.cli import running, looking, models  # noqa: F401 (each adds its commands, in this order)
 from pretrain.cli.options import app, end, rank_of_process
 from pretrain.config import json_schema
 from pretrain.files import write_bytes
