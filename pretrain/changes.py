@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.config import BUDGETS, RunConfig, config_to_dict, difference, known_keys
+from pretrain.config import RunConfig, config_to_dict, difference, known_keys
+from pretrain.config_loop import BUDGETS, LoopConfig
 from pretrain.config_text import ConfigError, parse_yaml
 
 STAGES = ("tokenizer", "data", "train", "evaluate", "export")
@@ -60,6 +61,7 @@ def _rules() -> dict[str, Rule]:
         ("tokenizer", "", "tokenizer", "refused", "the data were prepared with this tokenizer"),
         ("data", "train document text_field ids_field encoding", "tokenizer", "refused", "the shards hold this text"),
         ("data", "train.weight train.max_epochs", "train", "refused", "it decides which rows each step sees"),
+        ("data", "train.license", None, "safe", "it is for the model card"),
         ("data", "from", "data", "refused", "the rows are packed from these shards"),
         ("data", "filters dedup decontaminate", "data", "refused", "it chose the text"),
         ("data", "on_error max_bad_share", None, "safe", "it decides whether text is taken, not what comes of it"),
@@ -96,6 +98,13 @@ def _rules() -> dict[str, Rule]:
         ("evaluate", "", None, "safe", "it says what is measured"),
         ("log", "", None, "safe", "it says what is shown"),
         ("export", "", "export", "safe", "it comes after training"),
+        ("task", "", "train", "refused", "it decides the examples and what is predicted"),
+        ("task", "root", None, "safe", "the rows are compared by their content"),
+        ("task", "metric", None, "safe", "it says which checkpoint is best from now on"),
+        ("train", "batch_size", "train", "refused", "step s sees the s-th batch of this size"),
+        ("train", "seeds", None, "safe", "each is a run of its own"),
+        ("model", "weights lora classifier_pooling", "train", "refused", "the weights are of that model"),
+        ("export", "license language", None, "safe", "it is for the model card"),
     ]
     return {
         f"{section}.{key}" if key else section: Rule(stage, resume, reason)
@@ -159,7 +168,7 @@ def rule_of(key: str) -> Rule:
     return next((RULES[prefix] for prefix in prefixes if prefix in RULES), _UNKNOWN)
 
 
-def changed_keys(old: Mapping[str, Any], config: RunConfig, attention_dropout: float | None = None) -> list[Change]:
+def changed_keys(old: Mapping[str, Any], config: LoopConfig, attention_dropout: float | None = None) -> list[Change]:
     """What differs between the plain data of a saved configuration and the one that is wanted now.
 
     `attention_dropout` is the model's, where it is known; else the configuration's.
@@ -172,8 +181,8 @@ def changed_keys(old: Mapping[str, Any], config: RunConfig, attention_dropout: f
     return [Change(key, before, after, drawn) for key, (before, after) in changes.items()]
 
 
-def _is_drawn(config: RunConfig, attention_dropout: float | None) -> bool:
-    return bool(config.model.attention_dropout if attention_dropout is None else attention_dropout)
+def _is_drawn(config: LoopConfig, attention_dropout: float | None) -> bool:
+    return bool(config.attention_dropout if attention_dropout is None else attention_dropout)
 
 
 def _changed_sources(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
@@ -192,13 +201,13 @@ def _changed_sources(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     return difference(before, after)
 
 
-def check_allowed(keys: Iterable[str]) -> None:
+def check_allowed(keys: Iterable[str], schema: type[LoopConfig] = RunConfig) -> None:
     """Refuse an `--allow-change` that names no key.
 
     Raises:
         ConfigError: names the nearest key.
     """
-    known = known_keys(RunConfig)
+    known = known_keys(schema)
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -207,7 +216,7 @@ def check_allowed(keys: Iterable[str]) -> None:
 
 def changes_at_resume(
     old: Mapping[str, Any],
-    config: RunConfig,
+    config: LoopConfig,
     allow: Collection[str] = (),
     *,
     attention_dropout: float | None = None,
@@ -260,7 +269,7 @@ def refuse_changed(
     _refuse(list({change.key: change for change in refused}.values()), config)
 
 
-def _refuse(changes: list[Change], config: RunConfig) -> None:
+def _refuse(changes: list[Change], config: LoopConfig) -> None:
     if not changes:
         return
     lines = []

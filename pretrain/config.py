@@ -17,28 +17,19 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
 
 from pretrain.config_data import SHARDS_KEYS, DataConfig, ValidationSplit
+from pretrain.config_evaluate import MeasuresConfig
+from pretrain.config_loop import BUDGETS, LoopCheckpointConfig, LoopConfig, LoopEvaluateConfig, LoopTrainConfig
 from pretrain.config_model import GENERATOR_KEYS, HOME_KINDS, KINDS, ModelConfig, StockHome
 from pretrain.config_objective import ObjectiveConfig
 from pretrain.config_text import ConfigError, describe_errors, dump_yaml, parse_yaml
-from pretrain.config_types import (
-    Amount,
-    Beta,
-    ImportPath,
-    Interval,
-    Place,
-    Positive,
-    Section,
-    Share,
-    redacted,
-)
+from pretrain.config_types import ImportPath, Interval, Place, Positive, Section, redacted
 
-BUDGETS = ("tokens", "steps", "epochs", "minutes", "hours")
-
+Schema = TypeVar("Schema", bound=LoopConfig)
 
 LEARNING_KEYS = ("min_frequency", "max_bytes", "seed")
 """Keys of `tokenizer` that also mean something when an existing one is extended."""
@@ -92,127 +83,57 @@ class TokenizerConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW, StableAdamW, or Muon on the hidden matrices with AdamW on everything else."""
+class TrainConfig(LoopTrainConfig):
+    """The loop of a pretraining. Exactly one budget of tokens, steps, epochs, minutes and hours."""
 
-    name: Literal["adamw", "stable-adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0)] = Field(description="peak learning rate (muon: of the matrices)")
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    adam_lr: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="muon: peak learning rate of embeddings, head, norms and biases; default 3e-3"
-    )
-    momentum: Share = Field(0.95, description="muon")
-
-    @model_validator(mode="after")
-    def _muon_keys(self) -> Self:
-        if self.name != "muon" and (given := sorted(self.model_fields_set & {"adam_lr", "momentum"})):
-            raise ValueError(f"`{given[0]}` belongs to muon and has no effect with `name: {self.name}`; remove it")
-        return self
-
-
-class ScheduleConfig(Section):
-    """The learning rate over the run: a pure function of progress."""
-
-    kind: Literal["constant", "cosine", "linear", "inverse-sqrt", "wsd"] = "cosine"
-    warmup: Amount = "2%"
-    decay: Amount = Field("20%", description="wsd: the last part of the run, falling as 1 - sqrt")
-    final: Share = Field(0.0, description="the learning rate at the end, as a share of the peak")
-
-    @model_validator(mode="after")
-    def _fits_the_run(self) -> Self:
-        shares = [self.warmup, self.decay] if self.kind == "wsd" else [self.warmup]
-        total = sum(float(share.rstrip("%")) for share in shares if isinstance(share, str))
-        if total > 100:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are more than the whole run; lower one")
-        return self
-
-    @model_validator(mode="after")
-    def _decay_is_for_wsd(self) -> Self:
-        if self.kind != "wsd" and "decay" in self.model_fields_set:
-            raise ValueError(f"`decay` belongs to wsd and has no effect with `kind: {self.kind}`; remove it")
-        return self
-
-
-class TrainConfig(Section):
-    """The loop. Exactly one budget of tokens, steps, epochs, minutes and hours."""
-
-    tokens: Positive | None = Field(None, description="budget: token positions seen, padding included")
-    steps: Positive | None = Field(None, description="budget: optimizer steps")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="budget: passes over the rows")
-    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="budget: measured, then fixed as steps")
-    hours: Annotated[float, Field(gt=0)] | None = Field(None, description="budget: measured, then fixed as steps")
     batch_tokens: Positive = Field(description="token positions an optimizer step, over all processes")
-    micro_batch: Positive | Literal["auto"] = Field("auto", description="rows a forward pass a process")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    strategy: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
-        "auto", description="how the work is split; auto: as the launcher says, else ddp for several processes"
+
+
+class PublishConfig(Section):
+    """Checkpoints pushed to a Hub beside the training, as revisions step-N; nothing of it can stop a run."""
+
+    to: str = Field(description="OWNER/NAME; the token is that of HF_TOKEN or `hf auth login`, never written here")
+    every: Interval | None = Field(
+        None, description="steps, or a share of the run: the first checkpoint after each, and the last; none: all"
     )
-    processes: Positive | None = Field(None, description="processes of the job; another number is refused")
-    shard_size: Positive | None = Field(
-        None, description="hybrid sharding (fsdp2): processes that hold one copy together; none: all of them"
-    )
-    offload: Literal["optimizer", "all"] | None = Field(
-        None, description="keep the optimizer's state (zero1-3), or parameters too (fsdp2, zero3), in main memory"
-    )
-    deepspeed: str | None = Field(None, description="zero1-3: a DeepSpeed JSON file with further settings")
-    ddp_timeout: Positive = Field(600, description="seconds that a process waits for the others before it gives up")
-    check_replicas: Positive | None = Field(
-        None, description="compare all copies every so many steps and before a save (ddp, zero1, zero2, hybrid)"
-    )
-    attention: Literal["auto", "eager", "sdpa", "flex", "varlen"] = "auto"
-    seed: int = Field(0, ge=0)
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    compile: StrictBool = False
-    gradient_checkpointing: StrictBool = False
-    on_nonfinite: Literal["skip", "stop"] = Field("stop", description="what a NaN or infinite loss or gradient does")
-    spike_sigma: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="a loss, or log of a gradient norm, so many standard deviations above its mean is a spike"
-    )
-    spike_window: Annotated[int, Field(ge=8)] = Field(128, description="steps that a spike is measured against")
-    on_spike: Literal["skip", "stop", "log"] = "skip"
-    stop_signals: tuple[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"], ...] = ("SIGTERM", "SIGINT")
+    private: StrictBool = Field(True, description="false: everybody may see it; true leaves a public one alone")
+    wait: Positive = Field(120, description="seconds that the end of the run waits for what is not sent yet")
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Self:
-        given = [key for key in BUDGETS if getattr(self, key) is not None]
-        if len(given) != 1:
-            which = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one budget of {', '.join(BUDGETS)}; given: {which}")
+    def _names_a_repository(self) -> Self:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.to) or redacted(self.to) != self.to:
+            raise ValueError("`to` is OWNER/NAME, no URL and no token; the token is taken from HF_TOKEN or the login")
         return self
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(LoopCheckpointConfig):
     """When the run is saved, and what is kept. `latest` and `best` are always spared."""
 
     every: Interval = "10%"
-    keep: Positive = 2
-    on_error: Literal["keep-going", "stop"] = Field(
-        "keep-going", description="when a checkpoint cannot be written (disk full, say); the last one must be"
-    )
-    asynchronous: StrictBool = Field(True, description="write in the background; training waits for a copy alone")
-    to: str | None = Field(None, description="an fsspec store (s3://bucket/folder, say) that holds the checkpoints")
-    shard_above_bytes: Positive = Field(
-        2_000_000_000, description="a larger model is written by all processes, each its share, and gathered by none"
-    )
+    publish: PublishConfig | None = Field(None, description="push checkpoints to a Hub beside the training")
+
+    @model_validator(mode="after")
+    def _pushed_from_a_disk(self) -> Self:
+        if self.publish is not None and self.to is not None:
+            raise ValueError(
+                f"publish pushes checkpoints that lie on a disk, and to: {redacted(self.to)} is a store; leave one "
+                "out, and publish a finished run with `pretrain publish`"
+            )
+        return self
 
 
-class EvaluateConfig(Section):
-    """Validation during training, at step 0 and every so often."""
+class EvaluateConfig(MeasuresConfig, LoopEvaluateConfig):
+    """Validation during training, at step 0 and every so often; further measures at chosen steps."""
 
-    every: Interval = "10%"
     max_tokens: Positive | None = Field(None, description="at most this many token positions of each set")
     evaluators: tuple[ImportPath, ...] = Field((), description="further evaluators, my_module:my_function")
+    samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), max_length=8, description="prompts, each completed (a masked model: [MASK] filled) at every evaluation"
+    )
 
-
-class LogConfig(Section):
-    """Where the numbers go."""
-
-    to: tuple[Literal["console", "jsonl", "wandb", "trackio", "tensorboard"], ...] = ("console", "jsonl")
-    every: Positive = Field(1, description="steps between two lines of metrics")
-    slow_ranks: Positive | None = Field(20, description="steps between looks for processes that keep others waiting")
-    project: str = "pretrain"
+    def also_at(self, step: int, total_steps: int) -> bool:
+        """Whether measures want a step that `every` does not name."""
+        return self.has_measures and self.measures_at(step, total_steps)
 
 
 class ExportConfig(Section):
@@ -223,23 +144,24 @@ class ExportConfig(Section):
     )
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     max_shard_bytes: Positive = 5_000_000_000
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None = Field(
+        None, description="of the model, for its card: an identifier of the Hub such as apache-2.0"
+    )
+    language: tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")], ...] | None = Field(
+        None, description="of the text, for the card: codes of ISO 639 such as en, or code or multilingual"
+    )
 
 
-class RunConfig(Section):
+class RunConfig(LoopConfig):
     """A whole run: text, tokenizer, data, model, objective, training, export."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="artifacts lie in OUT/NAME")
-    out: str = "runs"
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    log: LogConfig = LogConfig()
     export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
@@ -256,6 +178,8 @@ class RunConfig(Section):
             raise ValueError("tokenizer.extend teaches an existing tokenizer; name it: tokenizer.from, or model.from")
         self._data_fit()
         self._model_has_the_heads()
+        self._samples_fit()
+        self.evaluate.check_objective(self.objective.kind)
         positions = self.model.max_position_embeddings
         if positions is not None and positions < length:
             raise ValueError(
@@ -291,6 +215,16 @@ class RunConfig(Section):
         if model.class_ == "stock" and (objective.kind == "rtd" or objective.sentences != "none"):
             raise ValueError(f"{needs} trains heads that model.class: stock does not have; use class: loom")
 
+    def _samples_fit(self) -> None:
+        """Refuse prompts that the model can make nothing of."""
+        if self.evaluate.samples and self.objective.kind == "rtd":
+            raise ValueError("evaluate.samples: a detector of replaced tokens writes nothing; leave them out")
+        if self.objective.model_kind != "encoder":
+            return
+        for text in self.evaluate.samples:
+            if "[MASK]" not in text and "<mask>" not in text:
+                raise ValueError(f"evaluate.samples: {text!r} has no gap for the model to fill; write [MASK] in it")
+
     def _data_fit(self) -> None:
         """Refuse data that the objective cannot be made of, or keys of them that have no effect with it."""
         kind, data = self.objective.kind, self.data
@@ -314,9 +248,9 @@ class RunConfig(Section):
             raise ValueError(f"objective.{key} needs text, whose words are known; ready ids do not say where words end")
 
     @property
-    def directory(self) -> Path:
-        """Where the artifacts of this run lie: OUT/NAME."""
-        return Path(self.out) / self.name
+    def row_tokens(self) -> int:
+        """Token positions of a row: `data.sequence_length`."""
+        return self.data.sequence_length
 
     @property
     def rows_per_batch(self) -> int:
@@ -324,9 +258,47 @@ class RunConfig(Section):
         return self.train.batch_tokens // self.data.sequence_length
 
     @property
+    def tokens_per_step(self) -> int:
+        """Token positions an optimizer step, over all processes: `train.batch_tokens`."""
+        return self.train.batch_tokens
+
+    @property
+    def save_every(self) -> str | int:
+        """`checkpoint.every`."""
+        return self.checkpoint.every
+
+    @property
+    def attention_dropout(self) -> float:
+        """Of the model, as the configuration says; 0 where it says nothing."""
+        return self.model.attention_dropout or 0.0
+
+    @property
     def kind(self) -> Literal["encoder", "decoder", "seq2seq"] | None:
         """What the architecture is; None when the model comes from elsewhere."""
         return None if self.model.architecture is None else KINDS[self.model.architecture]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved configuration as plain data; budgets and sizes that were not given are left out."""
+        plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        for section in ("train", "model", "evaluate", "optimizer"):
+            plain[section] = {key: value for key, value in plain[section].items() if value is not None}
+        plain["tokenizer"] = _only_effective(plain["tokenizer"], from_=self.tokenizer.from_)
+        if not self.model.optimizer_state:
+            plain["model"].pop("optimizer_state", None)
+        plain["objective"] = self.objective.effective()
+        if self.data.target_length is None:
+            plain["data"].pop("target_length")
+        if self.schedule.kind != "wsd":
+            plain["schedule"].pop("decay")
+        if self.optimizer.name != "muon":
+            plain["optimizer"].pop("momentum")
+        if self.data.from_ is not None:
+            plain["data"] = {key: value for key, value in plain["data"].items() if key in SHARDS_KEYS | {"from"}}
+            return plain
+        plain["data"].pop("from")
+        if isinstance(self.data.validation, ValidationSplit):
+            plain["data"]["validation"] = self.data.validation.model_dump(exclude_none=True)
+        return plain
 
 
 # --- reading and writing a configuration ---------------------------------------------------------------------------
@@ -340,16 +312,16 @@ def shipped_directory() -> Path:
     return Path(str(resources.files("pretrain") / "_recipes"))
 
 
-def find_config(name_or_path: str | Path) -> Path:
-    """Resolve a path, or the bare name of a shipped run such as `quickstart-gpt`.
+def find_config(name_or_path: str | Path, folder: str = "runs") -> Path:
+    """Resolve a path, or the bare name of a shipped run (or task) such as `quickstart-gpt`.
 
     Raises:
-        ConfigError: when neither exists; names the nearest shipped run.
+        ConfigError: when neither exists; names the nearest shipped one.
     """
     path = Path(name_or_path)
     if path.is_file():
         return path
-    shipped = shipped_directory() / "configs" / "runs"
+    shipped = shipped_directory() / "configs" / folder
     candidate = shipped / f"{name_or_path}.yaml"
     if path.name == str(name_or_path) and candidate.is_file():
         return candidate
@@ -357,7 +329,7 @@ def find_config(name_or_path: str | Path) -> Path:
     near = difflib.get_close_matches(path.stem, names, n=1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
     raise ConfigError(
-        f"no configuration `{name_or_path}`: give a YAML file, or a shipped run ({', '.join(names)}){hint}"
+        f"no configuration `{name_or_path}`: give a YAML file, or the name of a shipped one ({', '.join(names)}){hint}"
     )
 
 
@@ -367,13 +339,25 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     Raises:
         ConfigError: on unknown keys, wrong types, impossible combinations.
     """
-    path = find_config(name_or_path)
-    raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return load_as(RunConfig, "runs", name_or_path, overrides)
+
+
+def load_as(schema: type[Schema], folder: str, name_or_path: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """Read a configuration of a kind; `folder` of the shipped ones holds those that a bare name means.
+
+    Raises:
+        ConfigError: on unknown keys, wrong types, impossible combinations.
+    """
+    path = find_config(name_or_path, folder)
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys such as `name: ...`, found {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
-    return config_from_dict(raw, str(path))
+    return validated(schema, raw, str(path))
 
 
 def config_from_dict(raw: Mapping[str, Any], origin: str = "configuration") -> RunConfig:
@@ -382,10 +366,19 @@ def config_from_dict(raw: Mapping[str, Any], origin: str = "configuration") -> R
     Raises:
         ConfigError: on unknown keys, wrong types, impossible combinations.
     """
+    return validated(RunConfig, raw, origin)
+
+
+def validated(schema: type[Schema], raw: Mapping[str, Any], origin: str) -> Schema:
+    """Plain data as a configuration.
+
+    Raises:
+        ConfigError: on unknown keys, wrong types, impossible combinations.
+    """
     try:
-        return RunConfig.model_validate(_tuples(raw))
+        return schema.model_validate(_tuples(raw))
     except ValidationError as error:
-        lines = describe_errors(error, known_keys())
+        lines = describe_errors(error, known_keys(schema))
         raise ConfigError("\n".join(f"{origin}: {redacted(line)}" for line in lines)) from None
 
 
@@ -401,14 +394,16 @@ def _tuples(value: Any) -> Any:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*", key):
-        raise ConfigError(f"override `{override}`: write it as section.key=value, for example train.steps=100")
-    value = parse_yaml(text, f"override `{override}`")
+        raise ConfigError(
+            f"override `{redacted(override)}`: write it as section.key=value, for example train.steps=100"
+        )
+    value = parse_yaml(text, f"override `{redacted(override)}`")
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override `{override}`: `{parent}` is {child!r}, not a section with keys")
+            raise ConfigError(redacted(f"override `{override}`: `{parent}` is {child!r}, not a section with keys"))
         node = child
     if parents == ["train"] and last in BUDGETS:
         for budget in BUDGETS:  # one budget holds: the command line's replaces the file's
@@ -416,33 +411,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: LoopConfig) -> str:
     """The resolved configuration as YAML: every key, defaults included; `load_config` reads it back unchanged."""
     return dump_yaml(config_to_dict(config))
 
 
-def config_to_dict(config: RunConfig) -> dict[str, Any]:
+def config_to_dict(config: LoopConfig) -> dict[str, Any]:
     """The resolved configuration as plain data (budgets and sizes that were not given are left out)."""
-    plain: dict[str, Any] = config.model_dump(mode="json", by_alias=True)
-    for section in ("train", "model", "evaluate", "optimizer"):
-        plain[section] = {key: value for key, value in plain[section].items() if value is not None}
-    plain["tokenizer"] = _only_effective(plain["tokenizer"], from_=config.tokenizer.from_)
-    if not config.model.optimizer_state:
-        plain["model"].pop("optimizer_state", None)
-    plain["objective"] = config.objective.effective()
-    if config.data.target_length is None:
-        plain["data"].pop("target_length")
-    if config.schedule.kind != "wsd":
-        plain["schedule"].pop("decay")
-    if config.optimizer.name != "muon":
-        plain["optimizer"].pop("momentum")
-    if config.data.from_ is not None:
-        plain["data"] = {key: value for key, value in plain["data"].items() if key in SHARDS_KEYS | {"from"}}
-        return plain
-    plain["data"].pop("from")
-    if isinstance(config.data.validation, ValidationSplit):
-        plain["data"]["validation"] = config.data.validation.model_dump(exclude_none=True)
-    return plain
+    return config.as_dict()
 
 
 def _only_effective(tokenizer: dict[str, Any], *, from_: str | None) -> dict[str, Any]:

@@ -79,13 +79,24 @@ def parse_yaml(text: str, origin: str = "configuration") -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{origin}: not valid YAML: {_what_is_wrong(error)}") from error
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
 
 
+def _what_is_wrong(error: yaml.YAMLError) -> str:
+    """A syntax error and its place, without the text there: a piece of a URL may be a piece of its password."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    said = " ".join(filter(None, (error.context and f"{error.context},", error.problem)))
+    return f"{said} (line {mark.line + 1}, column {mark.column + 1})"
+
+
 _VARIANT = re.compile(
-    r"^(function|tagged|union|tuple|str|int|float|bool|literal|none|constrained|Source|DocumentStart|ValidationSplit)\b.*[\[(]?"
+    r"^(function|tagged|union|tuple|str|int|float|bool|literal|none|constrained|Source|DocumentStart|ValidationSplit"
+    r"|classification|regression|token-classification|question-answering|multiple-choice|text-to-text|instructions"
+    r"|embeddings)\b.*[\[(]?"
 )
 
 
@@ -122,6 +133,15 @@ def _describe(problem: Any, known: Sequence[str]) -> str:
         return f"unknown key `{path}` (value {value!r}); {hint}"
     if problem["type"] == "missing":
         return f"missing key `{path}`; add it (see `pretrain schema`)"
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        options = re.findall(r"'([^']*)'", str(problem["ctx"].get("expected_tags", "")))
+        given = str(problem["ctx"].get("tag", ""))
+        near = difflib.get_close_matches(given, options, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        wanted = (
+            f"expected one of {', '.join(options)}{hint} (value {given!r})" if given else "it says what is predicted"
+        )
+        return f"`{path}.kind`: {wanted}" if given else f"missing key `{path}.kind`; {wanted}"
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         where = f"`{path}`: " if path else ""

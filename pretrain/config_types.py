@@ -17,10 +17,12 @@ _SECRET = re.compile(
     r"|sig|key|jwt|sas|code|policy|key-pair-id|expires)=)[^&;#\s`'\"]*",
     re.IGNORECASE,
 )
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")  # of a Hub
 
 
 def redacted(text: str) -> str:
-    """The text with `***` in place of what must stay secret in the URLs in it: passwords, keys, tokens, signatures."""
+    """The text with `***` in place of what must stay secret: tokens of a Hub; in URLs passwords, keys, signatures."""
+    text = _TOKEN.sub("***", text)
     return _SECRET.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
 
 

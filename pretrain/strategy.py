@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pretrain.config import RunConfig, TrainConfig
+from pretrain.config_loop import LoopConfig, LoopTrainConfig
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -92,7 +92,7 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"accelerate launch: deepspeed_config_file `{path}` cannot be read ({error})") from error
 
 
-def resolve_strategy(config: RunConfig, launch: Launch) -> Strategy:
+def resolve_strategy(config: LoopConfig, launch: Launch) -> Strategy:
     """The strategy of a run, once what was asked for and what was launched agree.
 
     Raises:
@@ -136,15 +136,15 @@ def resolve_strategy(config: RunConfig, launch: Launch) -> Strategy:
         )
     if config.rows_per_batch < world:
         raise ValueError(
-            f"train.batch_tokens: {train.batch_tokens} are {config.rows_per_batch} rows of "
-            f"{config.data.sequence_length} tokens, fewer than the {world} processes; raise it to "
-            f"{world * config.data.sequence_length} at least"
+            f"a batch of {config.tokens_per_step} tokens is {config.rows_per_batch} rows of {config.row_tokens}, fewer "
+            f"than the {world} processes; raise it (train.batch_tokens, of a fine-tuning train.batch_size) to "
+            f"{world * config.row_tokens} tokens at least"
         )
     _refuse_settings(train, strategy, world)
     return strategy
 
 
-def _refuse_settings(train: TrainConfig, strategy: str, world: int) -> None:
+def _refuse_settings(train: LoopTrainConfig, strategy: str, world: int) -> None:
     """Refuse settings that belong to another strategy."""
     if train.shard_size is not None:
         if strategy != "fsdp2":

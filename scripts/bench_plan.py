@@ -25,7 +25,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretrain.config import OptimizerConfig
+from pretrain.config_loop import OptimizerConfig
 from pretrain.models import LoomConfig, linear_cross_entropy, loom_config, model_from_config
 from pretrain.models.attention import sdpa_attention
 from pretrain.models.masks import AttentionMask

@@ -26,16 +26,15 @@ from pretrain.changes import (
     rule_of,
 )
 from pretrain.config import (
-    BUDGETS,
     ConfigError,
     RunConfig,
-    ScheduleConfig,
     config_from_dict,
     config_to_dict,
     dump_config,
     known_keys,
     load_config,
 )
+from pretrain.config_loop import BUDGETS, ScheduleConfig
 from pretrain.train import train
 from pretrain.training.progress import Progress
 from pretrain.training.resuming import take_up
@@ -43,7 +42,7 @@ from pretrain.training.schedule import learning_rate_scale
 from pretrain.training.trainer import Trainer
 from scripts.faults import tiny
 
-OF_SOURCES = ("data.train.weight", "data.train.max_epochs")
+OF_SOURCES = ("data.train.weight", "data.train.max_epochs", "data.train.license")
 """Keys within a list, which are named with their source."""
 LEAVES = [
     key

@@ -61,8 +61,8 @@ def test_flags(flag: str) -> None:
 def test_options_of_launching() -> None:
     """They are for a process that nothing else launched; the deepspeed launcher puts its own before the verb."""
     variables = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
-    for options in (["--processes", "2"], ["--supervise"]):
-        done = pretrain("train", "quickstart-gpt", *options, environment=variables)
+    for words in (["--processes", "2"], ["--supervise"]):
+        done = pretrain("train", "quickstart-gpt", *words, environment=variables)
         assert done.returncode == 2
         assert "another launcher has started this process" in done.stderr
     done = pretrain("run", "quickstart-gpt", environment=variables)

@@ -49,7 +49,7 @@ def pass_of(
     """A micro-batch of a run."""
     return Pass(
         rows=rows,
-        length=config.data.sequence_length,
+        length=config.row_tokens,
         compute=compute,
         device=device,
         eager_attention=config.train.attention == "eager",

@@ -29,7 +29,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from pretrain.config import TrainConfig
+from pretrain.config_loop import LoopTrainConfig
 
 LEAST = 16
 """A window judges with no fewer values than this (or all it holds), and no fewer skips in a row are given up on."""
@@ -115,7 +115,7 @@ class Guard:
     scaled: bool = False
 
     @classmethod
-    def of(cls, config: TrainConfig, *, scaled: bool) -> Self:
+    def of(cls, config: LoopTrainConfig, *, scaled: bool) -> Self:
         """The guard that a configuration asks for."""
         return cls(config.on_nonfinite, config.spike_sigma, config.spike_window, config.on_spike, scaled)
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -31,10 +33,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pretrain.config_types import redacted
 from pretrain.files import replace_file
 
 TRACKERS = ("wandb", "trackio", "tensorboard")
 _SECONDS_BETWEEN_LINES = 15.0
+_WANDB_WAITS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "120"}  # seconds; its own: 90, and no end
+_log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -142,15 +147,14 @@ class TrackerSink:
             raise ValueError(f"log.to: {kind} needs a package that is missing; pip install 'pretrain[{kind}]'")
         directory.mkdir(parents=True, exist_ok=True)
         if kind == "wandb":
-            offline = not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or _has_wandb_login())
             keywords: dict[str, Any] = {"id": run_id, "resume": "allow", "name": name, "dir": str(directory)}
-            keywords |= {"mode": "offline"} if offline else {}
-            self._tracker = LOGGER_TYPE_TO_CLASS["wandb"](project, **keywords)
+            self._tracker = _start_wandb(project, keywords)
         elif kind == "trackio":
             self._tracker = LOGGER_TYPE_TO_CLASS["trackio"](project, name=f"{name}-{run_id}", resume="allow")
+            self._tracker.start()
         else:
             self._tracker = LOGGER_TYPE_TO_CLASS["tensorboard"](name, logging_dir=str(directory / "tensorboard"))
-        self._tracker.start()
+            self._tracker.start()
         self._tracker.store_init_configuration(config if kind != "tensorboard" else _flat(config))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -160,6 +164,41 @@ class TrackerSink:
     def close(self) -> None:
         """Finish the tracker's run."""
         self._tracker.finish()
+
+
+def _start_wandb(project: str, keywords: dict[str, Any]) -> Any:
+    """A run of wandb; an offline one when there is no account, or its server does not answer."""
+    for name, seconds in _WANDB_WAITS.items():
+        os.environ.setdefault(name, seconds)
+    offline = not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or _has_wandb_login())
+    tracker = LOGGER_TYPE_TO_CLASS["wandb"](project, **keywords | ({"mode": "offline"} if offline else {}))
+    with _argv_without_secrets():
+        try:
+            tracker.start()
+        except _tracker_errors() as error:
+            reason = redacted(" ".join(str(error).split()))
+            _log.warning("wandb cannot be reached (%s); this run is logged offline: `wandb sync` sends it", reason)
+            sys.modules["wandb"].teardown()  # its service still holds the run that did not start
+            tracker = LOGGER_TYPE_TO_CLASS["wandb"](project, **keywords, mode="offline")
+            tracker.start()
+    return tracker
+
+
+@contextmanager
+def _argv_without_secrets() -> Iterator[None]:
+    """wandb records the command line; overrides in it may hold URLs with passwords."""
+    before = sys.argv
+    sys.argv = [redacted(word) for word in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _tracker_errors() -> tuple[type[BaseException], ...]:
+    """What a tracker can raise when its server or its disk fails."""
+    foreign = getattr(sys.modules.get("wandb.errors"), "Error", None)
+    return (OSError, *([foreign] if foreign is not None else []))
 
 
 def _has_wandb_login() -> bool:
@@ -187,7 +226,7 @@ class Metrics:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Give the numbers of a step to every sink."""
         for sink in self._sinks:
-            with suppress(OSError):  # a full disk, or a tracker without network, must not end the training
+            with suppress(*_tracker_errors()):  # a full disk, or a tracker without network, must not end the training
                 sink.write(step, values)
 
     def __enter__(self) -> Self:
@@ -197,7 +236,8 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for sink in self._sinks:
-            sink.close()
+            with suppress(*_tracker_errors()):
+                sink.close()
 
 
 def open_metrics(

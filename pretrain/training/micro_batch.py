@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import RunConfig
+from pretrain.config_loop import LoopConfig
 from pretrain.planning.choice import planned_micro_batch
 from pretrain.planning.facts import ModelFacts
 from pretrain.ranks import Ranks
@@ -19,7 +20,7 @@ from pretrain.training.feed import Data, Feed, counts_of, divisors, largest_shar
 _CPU_TOKENS = 4096
 
 
-def choose_micro_batch(config: RunConfig, precision: str, engine: Engine, data: Data, facts: ModelFacts | None) -> int:
+def choose_micro_batch(config: LoopConfig, precision: str, engine: Engine, data: Data, facts: ModelFacts | None) -> int:
     """Rows of a forward pass, the same on every rank. All of them call it together.
 
     Args:
@@ -36,9 +37,10 @@ def choose_micro_batch(config: RunConfig, precision: str, engine: Engine, data: 
     if config.train.micro_batch != "auto":
         return min(rows, config.train.micro_batch)
     if engine.device.type != "cuda":
-        return min(rows, max(1, _CPU_TOKENS // config.data.sequence_length))
+        return min(rows, max(1, _CPU_TOKENS // config.row_tokens))
     micro_batch = rows
     if facts is not None:
+        assert isinstance(config, RunConfig)  # facts are of a pretraining's model
         memory = torch.cuda.get_device_properties(engine.device).total_memory
         width = 4 if precision == "fp32" else 2
         micro_batch = planned_micro_batch(config, facts, memory, engine.name, ranks.world, compute_bytes=width)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from pretrain.config import OptimizerConfig
+from pretrain.config_loop import OptimizerConfig
 from pretrain.training.sharded_optim import FlatLayout, Matrix, local, matrices_of, sum_of_parts
 
 MUON, ADAM_DECAY, ADAM_NO_DECAY = "muon", "adam_decay", "adam_no_decay"

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from pretrain.config import TrainConfig
+from pretrain.config_loop import LoopTrainConfig
 from pretrain.training.engines import Engine
 from pretrain.training.feed import MicroBatch
 from pretrain.training.guard import Guard, GuardState, Verdict
@@ -211,12 +211,12 @@ def _send(values: Tensor) -> tuple[Tensor, Any]:
     return copy, mark
 
 
-def waits_for_no_step(config: TrainConfig, engine: Engine) -> bool:
+def waits_for_no_step(config: LoopTrainConfig, engine: Engine) -> bool:
     """Whether the host of a run goes on without waiting for a step's numbers."""
     return engine.device.type == "cuda" and config.spike_sigma is None and engine.decides_on_device
 
 
-def make_road(config: TrainConfig, guard: Guard, engine: Engine) -> AtOnce | StepLate:
+def make_road(config: LoopTrainConfig, guard: Guard, engine: Engine) -> AtOnce | StepLate:
     """The way that a run's verdicts take to the host."""
     road = StepLate if waits_for_no_step(config, engine) else AtOnce
     return road(guard, engine, config.max_grad_norm)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import RunConfig
+from pretrain.config_loop import LoopConfig
 from pretrain.training.guard import GuardState
 
 
@@ -20,7 +20,7 @@ class Progress:
 
     `tokens` counts positions, `text_tokens` leaves out padding. `first_scores` are those of step 0. `arithmetic` is
     precision and device as they were resolved, `split` the engine and its processes. `changes` tells what was changed
-    on the way: step, key, before, after.
+    on the way: step, key, before, after. `patience` is how many steps may pass without a better checkpoint.
     """
 
     run_id: str
@@ -39,15 +39,21 @@ class Progress:
     split: str = ""
     changes: list[dict[str, Any]] = field(default_factory=list)
     guard: GuardState = field(default_factory=GuardState)
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.guard, dict):  # as a checkpoint holds it
             self.guard = GuardState(**self.guard)
 
     @property
+    def given_up(self) -> bool:
+        """Whether more steps than `patience` have passed since the best checkpoint."""
+        return self.patience is not None and self.best is not None and self.step - self.best["step"] >= self.patience
+
+    @property
     def finished(self) -> bool:
-        """Whether the whole budget was trained, and the end was evaluated."""
-        return self.step >= self.total_steps and self.scored_at == self.step
+        """Whether the whole budget was trained, or given up, and the end was evaluated."""
+        return (self.step >= self.total_steps or self.given_up) and self.scored_at == self.step
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Result:
         return self.progress.finished
 
 
-def steps_of(config: RunConfig, num_rows: int, seconds_per_step: float | None) -> int:
+def steps_of(config: LoopConfig, num_rows: int, seconds_per_step: float | None) -> int:
     """Optimizer steps of the whole budget, at least 1.
 
     Args:
@@ -77,13 +83,13 @@ def steps_of(config: RunConfig, num_rows: int, seconds_per_step: float | None) -
     if train.steps is not None:
         return train.steps
     if train.tokens is not None:
-        return math.ceil(train.tokens / train.batch_tokens)
+        return math.ceil(train.tokens / config.tokens_per_step)
     if train.epochs is not None:
         return max(1, math.ceil(train.epochs * num_rows / config.rows_per_batch))
     assert seconds_per_step is not None
     return max(1, round(60.0 * budget_minutes(config) / seconds_per_step))
 
 
-def budget_minutes(config: RunConfig) -> float:
+def budget_minutes(config: LoopConfig) -> float:
     """A budget of time in minutes; 0 when the budget is none."""
     return config.train.minutes or 60.0 * (config.train.hours or 0.0)

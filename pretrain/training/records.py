@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import RunConfig
+from pretrain.config_loop import LoopConfig
 from pretrain.files import ArtifactError
 from pretrain.training.progress import budget_minutes, steps_of
 
@@ -55,7 +55,7 @@ def _step_of(trainer_json: Path) -> int:
 
 
 def length_of_run(
-    config: RunConfig, directory: Path, num_rows: int, state: Mapping[str, Any] | None = None
+    config: LoopConfig, directory: Path, num_rows: int, state: Mapping[str, Any] | None = None
 ) -> Length | None:
     """How many steps a run has: as its newest checkpoint, its fixed budget, or its configuration says.
 
@@ -79,7 +79,7 @@ def length_of_run(
     return None if steps is None else Length(steps, "budget.json")
 
 
-def fixed_steps(config: RunConfig, directory: Path) -> int | None:
+def fixed_steps(config: LoopConfig, directory: Path) -> int | None:
     """The steps that a budget of time was fixed as, by `budget.json`; None when it was not, or for another budget.
 
     Raises:
@@ -93,7 +93,7 @@ def fixed_steps(config: RunConfig, directory: Path) -> int | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"`{path}` cannot be read ({error!r}); remove it, and it is measured again") from error
-    return steps if fixed == (budget_minutes(config), config.train.batch_tokens) else None
+    return steps if fixed == (budget_minutes(config), config.tokens_per_step) else None
 
 
 def numbers_of_step(directory: Path, step: int) -> dict[str, Any] | None:

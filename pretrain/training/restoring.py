@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.config import RunConfig
+from pretrain.config_loop import LoopConfig
 from pretrain.files import ArtifactError
 from pretrain.runtime import set_seed
 from pretrain.training import checkpoint
@@ -25,7 +25,7 @@ from pretrain.training.resuming import take_up
 
 def restore(
     found: Path,
-    config: RunConfig,
+    config: LoopConfig,
     *,
     engine: Engine,
     data: Data,

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pretrain.changes import Change, ChangedConfigError, changes_at_resume
-from pretrain.config import BUDGETS, RunConfig, ScheduleConfig
+from pretrain.config_loop import BUDGETS, LoopConfig, ScheduleConfig
 from pretrain.training.progress import Progress, budget_minutes, steps_of
 from pretrain.training.schedule import learning_rate_scale
 
@@ -23,7 +23,7 @@ _SAME = 1e-12
 def take_up(
     progress: Progress,
     old: Mapping[str, Any],
-    config: RunConfig,
+    config: LoopConfig,
     *,
     num_rows: int,
     rates: Mapping[str, tuple[float, float]],
@@ -67,7 +67,7 @@ def take_up(
     return lines
 
 
-def _total_steps(progress: Progress, config: RunConfig, num_rows: int) -> int:
+def _total_steps(progress: Progress, config: LoopConfig, num_rows: int) -> int:
     """Steps of a budget that replaces the checkpoint's. Time is counted at the mean pace of the run so far."""
     if budget_minutes(config) and not progress.step:
         raise ChangedConfigError(
@@ -76,7 +76,9 @@ def _total_steps(progress: Progress, config: RunConfig, num_rows: int) -> int:
     return steps_of(config, num_rows, progress.seconds / progress.step if progress.step else None)
 
 
-def _refuse_without_effect(progress: Progress, total_before: int, changes: Sequence[Change], config: RunConfig) -> None:
+def _refuse_without_effect(
+    progress: Progress, total_before: int, changes: Sequence[Change], config: LoopConfig
+) -> None:
     """A change that no step would see must not stand in the records as if it had been trained with."""
     if progress.step > progress.total_steps:
         raise ChangedConfigError(

@@ -5,13 +5,13 @@ What lives here: bytes of one checkpoint, and bytes for reading. What must not: 
 
 from __future__ import annotations
 
-from pretrain.config import RunConfig
+from pretrain.config_loop import LoopConfig
 from pretrain.files import bytes_in
 from pretrain.training.engines import Engine
 from pretrain.training.optim import state_keys
 
 
-def checkpoint_bytes(config: RunConfig, engine: Engine) -> int:
+def checkpoint_bytes(config: LoopConfig, engine: Engine) -> int:
     """At most what one checkpoint takes on the disk."""
     weights = {name: shape.nbytes for name, shape in engine.shapes().items()}
     state = 0

@@ -29,7 +29,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from torch import Tensor
 
-from pretrain.config import RunConfig, config_to_dict, dump_config
+from pretrain.config import config_to_dict, dump_config
+from pretrain.config_loop import LoopConfig
 from pretrain.files import ArtifactError, make_directories, update_file
 from pretrain.ranks import PATIENT_SECONDS, LostRankError, Ranks, words_of
 from pretrain.training import checkpoint, restoring
@@ -77,6 +78,19 @@ class ModelStore(Protocol):
         """The weights of a model directory by the names of `model`, in the precision that is stored."""
 
 
+class Publisher(Protocol):
+    """Pushes checkpoints to somewhere else, beside the training; never raises."""
+
+    def take(self, path: Path, *, step: int, tokens: int, run_id: str, total_steps: int) -> None:
+        """Put a whole checkpoint aside, before older ones are removed."""
+
+    def look(self) -> None:
+        """Say what has been found out meanwhile; cheap, for every step."""
+
+    def give_up(self) -> list[str]:
+        """Remove what is put aside, because the last checkpoint needs the room; returns what was removed."""
+
+
 @dataclass(frozen=True)
 class _Save:
     """A save: what it holds, and what follows from it when it is whole."""
@@ -113,9 +127,10 @@ class Saver:
         job: the processes of the run.
         console: where one line says what was found or what failed.
         inputs: digests of what is trained on; every checkpoint holds them.
+        publisher: pushes what was saved on a disk; only the first rank has one.
     """
 
-    config: RunConfig
+    config: LoopConfig
     directory: Path
     engine: Engine
     data: Data
@@ -123,6 +138,7 @@ class Saver:
     job: Job
     console: Console
     inputs: Mapping[str, str] = field(default_factory=dict)
+    publisher: Publisher | None = None
     place: Place = field(init=False)
     # With a group of their own: a thread agrees while the loop does, and waits for a store or a disk, however slow.
     _ranks: Ranks = field(init=False)
@@ -167,6 +183,8 @@ class Saver:
         Raises:
             NotSavedError: when it failed and had to succeed.
         """
+        if self.publisher is not None:
+            self.publisher.look()
         if self._flight is None:
             return
         ended = self._flight.future.done()
@@ -272,6 +290,7 @@ class Saver:
         path = self.place.write(save.content, self._ranks, self._say)
 
         def settle() -> None:
+            self._publish(save.content, path)
             try:
                 self.place.settle(save.content, best=save.best_step, keep=self.config.checkpoint.keep)
             except (OSError, ArtifactError) as error:  # it is whole: a run goes on from it whatever else failed
@@ -279,6 +298,18 @@ class Saver:
 
         together(self._ranks, settle if self._ranks.main else lambda: None)  # it may last: all end the save at once
         return path
+
+    def _publish(self, content: Content, path: str) -> None:
+        """Put it aside for pushing before anything is removed."""
+        if self.publisher is not None:
+            progress = content.state["progress"]
+            self.publisher.take(
+                Path(path),
+                step=content.step,
+                tokens=progress["tokens"],
+                run_id=content.run_id,
+                total_steps=progress["total_steps"],
+            )
 
     def _after(self, save: _Save, error: OSError, deadline: float | None) -> tuple[str, str]:
         """What follows from a failed try: `go on` training, try again at `once` or after a `wait`, or it is `lost`."""
@@ -327,6 +358,8 @@ class Saver:
         except (OSError, ArtifactError) as error:
             self._say(f"no room was made: {error}")
             return False
+        if self.publisher is not None:
+            removed += self.publisher.give_up()
         for name in removed:
             self._say(f"removed {name} to make room for the last checkpoint")
         return bool(removed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from pretrain.config import ScheduleConfig
+from pretrain.config_loop import ScheduleConfig
 from pretrain.config_types import amount_in_steps
 
 

@@ -117,7 +117,10 @@ class Snapshots:
         for name in engine.names():
             parameter, state = engine.parameter(name), engine.state(name)
             mine = name in own_weights
-            weights[name] = keep(name, parameter) if mine else _without_data(shapes[name])
+            if mine and engine.name in _LIVE and not shapes[name].trained:  # no step changes it: it needs no copy
+                weights[name] = parameter
+            else:
+                weights[name] = keep(name, parameter) if mine else _without_data(shapes[name])
             if not state:
                 stateless.add(name)
             if name in own_state:

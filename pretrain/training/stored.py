@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pretrain.config import RunConfig
+from pretrain.config_loop import LoopConfig
 from pretrain.config_types import redacted
 from pretrain.files import (
     MANIFEST,
@@ -82,7 +82,7 @@ class Folder:
         return f"{self.name}/{MANIFEST}"
 
 
-def open_place(config: RunConfig, directory: Path) -> Place:
+def open_place(config: LoopConfig, directory: Path) -> Place:
     """Where the checkpoints of a run lie, by `checkpoint.to`.
 
     Raises:

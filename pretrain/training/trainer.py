@@ -24,13 +24,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pretrain.config import RunConfig, config_to_dict
+from pretrain.config import config_to_dict
+from pretrain.config_loop import LoopConfig
 from pretrain.config_types import amount_in_steps
 from pretrain.files import replace_file
 from pretrain.heartbeat import Heartbeat
 from pretrain.planning.facts import ModelFacts
 from pretrain.ranks import Ranks
-from pretrain.runtime import StopSignals, peak_memory_bytes, set_seed
+from pretrain.runtime import StopSignals, describe_machine, peak_memory_bytes, set_seed, versions
 from pretrain.training import checkpoint
 from pretrain.training.engines import Engine, make_engine
 from pretrain.training.engines.job import Job, open_job
@@ -47,6 +48,7 @@ from pretrain.training.replicas import Replicas
 from pretrain.training.saving import ModelStore, Saver
 from pretrain.training.schedule import learning_rate_scale
 from pretrain.training.slow_ranks import SlowRanks
+from pretrain.training.starts import record_start
 
 _PROBE_SECONDS = 6.0
 
@@ -88,17 +90,22 @@ class EvaluationContext:
 
     step: int
     device: torch.device
-    config: RunConfig
+    config: LoopConfig
     directory: Path
     stopping: Callable[[], bool] = lambda: False
     """Whether the run was asked to stop; a long evaluator looks now and then, and raises `EvaluationStopped`. The
     processes of a job agree on it, so each of them must look equally often."""
     ranks: Ranks = field(default_factory=Ranks.alone)
     """The processes of the job. All of them run every evaluator, and the scores of the first one count."""
+    total_steps: int = 0
+    """Of the whole training."""
 
 
 Evaluator = Callable[[nn.Module, EvaluationContext], Mapping[str, float]]
 """`evaluator(model, context)` gives scores by name; the model is in eval mode and under no_grad."""
+
+Judge = Callable[[Mapping[str, float]], float | None]
+"""From the scores of an evaluation, by `evaluator/score`, the number that is lowest at the best checkpoint."""
 
 
 class Trainer:
@@ -115,6 +122,8 @@ class Trainer:
         directory: where checkpoints and metrics go.
         evaluators: by name.
         judges: names of the evaluators whose mean `loss` decides what is best; the first one when left out.
+        judge: what decides it in place of them: a number of the scores (by `evaluator/score`) that is to be low.
+        patience: evaluations without a better checkpoint after which the run ends; None: it never does.
         flops_per_token: model FLOPs of a token, forward and backward, for MFU.
         model_facts: of the model, by which `train.micro_batch: auto` is planned on a GPU.
         inputs: digests of what is trained on; every checkpoint holds them.
@@ -125,7 +134,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: LoopConfig,
         *,
         model: nn.Module,
         data: Data,
@@ -134,6 +143,8 @@ class Trainer:
         directory: Path | None = None,
         evaluators: Mapping[str, Evaluator] | None = None,
         judges: Sequence[str] | None = None,
+        judge: Judge | None = None,
+        patience: int | None = None,
         flops_per_token: float | None = None,
         model_facts: ModelFacts | None = None,
         inputs: Mapping[str, str] | None = None,
@@ -147,6 +158,7 @@ class Trainer:
         self.console = console or Console(stderr=True)
         self.evaluators = dict(evaluators or {})
         self.judges = list(judges) if judges is not None else list(self.evaluators)[:1]
+        self.judge, self.patience = judge or self._mean_loss, patience
         self.data = data
         self.flops_per_token = flops_per_token
         self.job = job or open_job(config)
@@ -193,6 +205,7 @@ class Trainer:
                 self.micro_batch = progress.micro_batch  # another engine has another choice, made for its memory
             progress.micro_batch, progress.split = self.micro_batch, self.split
             if not progress.finished:
+                self._record_start(progress)
                 self.road.begin(progress.guard)
                 self.replicas.begin()
                 self.slow_ranks.begin()
@@ -202,6 +215,14 @@ class Trainer:
         stopped_by = None if progress.finished else stop.received
         path = checkpoint.checkpoint_path(self.directory, saved)
         return Result(progress, path, stopped_by, self.saver.place.where(saved))
+
+    def _record_start(self, progress: Progress) -> None:
+        """Say in `starts.jsonl` from where this call goes on, and on what."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        about = {"device": name, "processes": self.ranks.world, "precision": self.job.precision, "split": self.split}
+        more = {"machine": describe_machine(self.device), "threads": torch.get_num_threads(), "versions": versions()}
+        if self.ranks.main:
+            record_start(self.directory, progress.step, about | {"micro_batch": self.micro_batch} | more)
 
     def _begin(self) -> Progress:
         """Step 0 of a new run, its length fixed."""
@@ -221,8 +242,9 @@ class Trainer:
         An evaluation that a stop signal cut short is made when the run goes on.
         """
         evaluate_every = max(1, amount_in_steps(self.config.evaluate.every, progress.total_steps))
-        save_every = max(1, amount_in_steps(self.config.checkpoint.every, progress.total_steps))
-        judged = bool(self.judges)
+        save_every = max(1, amount_in_steps(self.config.save_every, progress.total_steps))
+        judged = bool(self.judges) or self.judge != self._mean_loss
+        progress.patience = None if self.patience is None else self.patience * evaluate_every
         self.ranks.on_main(lambda: self.saver.check_space(progress, save_every=save_every, judged=judged))
 
         def settle() -> None:
@@ -230,6 +252,7 @@ class Trainer:
             nonlocal saved
             self.saver.look()
             done, wanted = progress.step == progress.total_steps, progress.step % evaluate_every == 0
+            wanted = wanted or self.config.evaluate.also_at(progress.step, progress.total_steps)
             known = progress.scored_at == progress.step and progress.step > 0  # nothing is kept of a start at step 0
             if (done or wanted) and not known and not stop.requested:
                 self._evaluate(progress, metrics, stop)
@@ -239,13 +262,15 @@ class Trainer:
                 self._before_save(progress, metrics)
                 whole = self.saver.save(progress, loss=self._judged(progress), last=done or stop.requested)
                 saved = progress.step if whole is not None else saved
+                if self.patience is not None:  # whether this one is the best is to be known before the next step
+                    self.saver.wait()
             self.heartbeat.beat(progress.step, "step")  # waiting for its data belongs to a step
 
         with self._open_metrics(progress) as metrics, self._saves_ended(progress):
             stop.agree()
             settle()
             for micro_batches, waited in self.feed.ahead(progress.step, progress.total_steps):
-                if stop.requested:
+                if stop.requested or progress.given_up:
                     break
                 self._step(progress, micro_batches, waited, metrics, stop)
                 settle()
@@ -279,7 +304,7 @@ class Trainer:
         share = self._backward(micro_batches, dict(zip(own, counts, strict=True)), parts)
         progress.step += 1
         progress.samples += self.config.rows_per_batch
-        progress.tokens += self.config.train.batch_tokens
+        progress.tokens += self.config.tokens_per_step
         progress.text_tokens += int(num_tokens)
         sent = Sent(progress.step, progress.tokens, int(num_tokens), scale, since, waited, micro_batches, parts)
         all_known = self.road.update(progress.guard, sent, share, self.slow_ranks.noticing(stop.agree))
@@ -426,8 +451,8 @@ class Trainer:
             "minutes": budget_minutes(self.config),
             "seconds_per_step": seconds_per_step,
             "steps": steps,
-            "batch_tokens": train.batch_tokens,
-            "tokens": steps * train.batch_tokens,
+            "batch_tokens": self.config.tokens_per_step,
+            "tokens": steps * self.config.tokens_per_step,
         }
         if self.ranks.main:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -470,7 +495,8 @@ class Trainer:
             return stop.look()
 
         self.heartbeat.beat(progress.step, "evaluate")
-        context = EvaluationContext(progress.step, self.device, self.config, self.directory, stopping, self.ranks)
+        about = (progress.step, self.device, self.config, self.directory)
+        context = EvaluationContext(*about, stopping, self.ranks, progress.total_steps)
         rng = checkpoint.capture_rng()
         scores: dict[str, float] = {}
         try:
@@ -490,10 +516,13 @@ class Trainer:
             metrics.write(progress.step, progress.scores)
 
     def _judged(self, progress: Progress) -> float | None:
-        """The loss that decides what is best: the mean over the validation sets; None when this step has none."""
-        losses = [progress.scores.get(f"{name}/loss") for name in self.judges]
-        known = [loss for loss in losses if loss is not None]
-        return statistics.fmean(known) if known and progress.scored_at == progress.step else None
+        """The number that decides what is best; None when this step has none."""
+        return self.judge(progress.scores) if progress.scored_at == progress.step else None
+
+    def _mean_loss(self, scores: Mapping[str, float]) -> float | None:
+        """The mean loss over the validation sets; None without any."""
+        known = [loss for loss in (scores.get(f"{name}/loss") for name in self.judges) if loss is not None]
+        return statistics.fmean(known) if known else None
 
     def _open_metrics(self, progress: Progress) -> Metrics:
         log = self.config.log

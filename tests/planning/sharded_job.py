@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pretrain.config import OptimizerConfig
+from pretrain.config_loop import OptimizerConfig
 from pretrain.models import loom_config, model_from_config
 from pretrain.training.optim import build_optimizer
 from tests.planning.live_tensors import LiveTensors

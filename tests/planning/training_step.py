@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.config import OptimizerConfig
+from pretrain.config_loop import OptimizerConfig
 from pretrain.models import LoomConfig, model_class
 from pretrain.planning.activations import Pass
 from pretrain.planning.facts import ModelFacts, model_facts

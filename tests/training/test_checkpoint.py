@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pretrain.config import OptimizerConfig
+from pretrain.config_loop import OptimizerConfig
 from pretrain.files import ArtifactError, HashingWriter, write_bytes, write_safetensors
 from pretrain.training import checkpoint
 from pretrain.training.optim import build_optimizer

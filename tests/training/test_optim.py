@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import OptimizerConfig
+from pretrain.config_loop import OptimizerConfig
 from pretrain.training import optim
 from pretrain.training.optim import MuonAdamW, build_optimizer, name_groups, orthogonalize
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import ScheduleConfig
+from pretrain.config_loop import ScheduleConfig
 from pretrain.training.schedule import learning_rate_scale
 
 KINDS = ("constant", "cosine", "linear", "inverse-sqrt", "wsd")

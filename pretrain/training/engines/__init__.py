@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from pretrain.config import TrainConfig
+from pretrain.config_loop import LoopTrainConfig
 from pretrain.ranks import Ranks
 from pretrain.training.engines.base import Engine, Judge, refuse_differences
 
@@ -17,7 +17,12 @@ __all__ = ["Engine", "Judge", "make_engine"]
 
 
 def make_engine(
-    strategy: str, config: TrainConfig, accelerator: Accelerator, ranks: Ranks, model: nn.Module, optimizer: Optimizer
+    strategy: str,
+    config: LoopTrainConfig,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    model: nn.Module,
+    optimizer: Optimizer,
 ) -> Engine:
     """The engine of a strategy, which `runtime.open_job` has resolved. All processes of the job call it together.
 

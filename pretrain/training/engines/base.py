@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pretrain.config import TrainConfig
+from pretrain.config_loop import LoopTrainConfig
 from pretrain.files import ArtifactError
 from pretrain.ranks import Ranks
 from pretrain.training.optim import withholds
@@ -46,7 +46,7 @@ class Engine:
     def __init__(
         self,
         name: str,
-        config: TrainConfig,
+        config: LoopTrainConfig,
         accelerator: Accelerator,
         ranks: Ranks,
         model: nn.Module,

@@ -24,7 +24,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from pretrain.config import RunConfig
+from pretrain.config_loop import LoopConfig
 from pretrain.ranks import Ranks
 from pretrain.runtime import MIXED, Precision, resolve_precision
 from pretrain.strategy import Launch, Strategy, read_launch, resolve_strategy
@@ -56,7 +56,7 @@ class Job:
         return device
 
 
-def open_job(config: RunConfig) -> Job:
+def open_job(config: LoopConfig) -> Job:
     """Join the processes that were launched, and make the Accelerator of the run's strategy.
 
     Raises:

@@ -27,7 +27,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-from pretrain.config import RunConfig
+from pretrain.config_loop import LoopConfig
 from pretrain.runtime import Precision
 from pretrain.strategy import Launch
 
@@ -227,7 +227,7 @@ def read_user_settings(path: str, source: str) -> dict[str, Any]:
     return found
 
 
-def _user_settings(config: RunConfig, launch: Launch) -> tuple[dict[str, Any], str]:
+def _user_settings(config: LoopConfig, launch: Launch) -> tuple[dict[str, Any], str]:
     """What a user says to DeepSpeed beside the run's configuration, and where it is said."""
     file, launched = config.train.deepspeed, launch.deepspeed
     if launched is not None:
@@ -247,7 +247,7 @@ def _user_settings(config: RunConfig, launch: Launch) -> tuple[dict[str, Any], s
 
 
 def make_accelerator(
-    config: RunConfig, strategy: str, launch: Launch, precision: Precision, timeout: timedelta, *, cpu: bool
+    config: LoopConfig, strategy: str, launch: Launch, precision: Precision, timeout: timedelta, *, cpu: bool
 ) -> Accelerator:
     """Accelerate's object for ZeRO, whose plugin carries DeepSpeed's whole configuration.
 

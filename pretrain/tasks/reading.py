@@ -1,0 +1,357 @@
+"""Labelled examples out of files: rows with named values, and where each stands.
+
+What lives here: csv, tsv, jsonl, json, parquet, CoNLL, CoNLL-U, SQuAD's JSON, Hub datasets. What must not: tokens, or
+what a task makes of a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import importlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pretrain.config_task import Column, HeldOut, TaskSection
+from pretrain.data.reading.sources import HUB_PREFIX, SourceFile
+from pretrain.data.reading.streams import open_bytes
+
+PARTS = ("train", "validation", "test")
+
+_SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".conllu": "conllu",
+}
+_COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
+_CONLLU = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: its values by column, and where it stands, for messages."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def __getitem__(self, column: Column) -> Any:
+        """The value of a column.
+
+        Raises:
+            ValueError: when there is none; names the columns there are.
+        """
+        try:
+            return self.values[str(column)]
+        except KeyError:
+            known = ", ".join(f"`{name}`" for name in self.values)
+            raise ValueError(f"{self.where}: there is no column `{column}`; there are {known}") from None
+
+    def text(self, column: Column) -> str:
+        """A column that must hold a text.
+
+        Raises:
+            ValueError: when it holds something else.
+        """
+        value = self[column]
+        if not isinstance(value, str):
+            raise ValueError(f"{self.where}: column `{column}` holds {value!r}, and a text is needed")
+        return value
+
+    @property
+    def identity(self) -> str:
+        """A hash of the values."""
+        plain = json.dumps(self.values, sort_keys=True, ensure_ascii=False, default=str)
+        return hashlib.sha256(plain.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The rows of a task."""
+
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all rows in order."""
+        total = hashlib.sha256()
+        for name in PARTS:
+            total.update(name.encode())
+            for row in getattr(self, name):
+                total.update(row.identity.encode())
+        return total.hexdigest()
+
+    @property
+    def repeated(self) -> int:
+        """How many test rows stand among the training rows, value for value."""
+        trained = {row.identity for row in self.train}
+        return sum(row.identity in trained for row in self.test)
+
+
+def read_parts(task: TaskSection) -> Parts:
+    """Read the rows of a task: training, validation and test.
+
+    Raises:
+        ValueError: when an entry names nothing, or a file cannot be read; names the file and line.
+    """
+    train = _read(task, task.train, "task.train")
+    test, train = _part(task, task.test, train, "test")
+    validation, train = _part(task, task.validation, train, "validation")
+    if task.train_limit is not None and task.train_limit < len(train):
+        chosen = sorted(range(len(train)), key=lambda number: train[number].identity)[: task.train_limit]
+        train = [train[number] for number in sorted(chosen)]
+    for name, rows in (("train", train), ("validation", validation), *([("test", test)] if task.test else ())):
+        if not rows:
+            raise ValueError(f"task.{name}: there are no rows in it; check the files")
+    return Parts(train, validation, test)
+
+
+def _part(
+    task: TaskSection, wanted: Sequence[str] | HeldOut, train: list[Row], name: str
+) -> tuple[list[Row], list[Row]]:
+    """The rows of a part, and what is left of the training rows."""
+    if not isinstance(wanted, HeldOut):
+        return _read(task, wanted, f"task.{name}"), train
+    shares = [_share(row, wanted.by, name) for row in train]
+    out = [row for row, share in zip(train, shares, strict=True) if share < wanted.fraction]
+    left = [row for row, share in zip(train, shares, strict=True) if share >= wanted.fraction]
+    if not out or not left:
+        raise ValueError(
+            f"task.{name}: {{fraction: {wanted.fraction}}} of {len(train)} rows leaves one side empty; choose another, "
+            "or name files"
+        )
+    return out, left
+
+
+def _share(row: Row, by: Column | None, name: str) -> float:
+    """A number from 0 to 1 that the part's name and a row, or its value in one column, decide."""
+    chosen = row.identity if by is None else json.dumps(row[by], sort_keys=True, ensure_ascii=False, default=str)
+    return int(hashlib.sha256(f"{name} {chosen}".encode()).hexdigest()[:12], 16) / 16**12
+
+
+def _read(task: TaskSection, entries: Sequence[str], key: str) -> list[Row]:
+    rows: list[Row] = []
+    for entry in entries:
+        if entry.startswith(HUB_PREFIX):
+            rows += _hub(entry, key)
+            continue
+        for path in _paths(entry, task.root, key):
+            rows += _file(path, task, key)
+    return rows
+
+
+def _paths(entry: str, root: str | None, key: str) -> list[str]:
+    full = os.path.join(root, entry) if root is not None else entry
+    full = os.path.expanduser(full)
+    found = [full] if os.path.isfile(full) else sorted(path for path in glob.glob(full) if os.path.isfile(path))
+    if not found:
+        hint = "" if root is not None else "; files are looked for in the current directory, or in task.root"
+        raise ValueError(f"{key}: `{full}` names no file; check the path{hint}")
+    return found
+
+
+def _file(path: str, task: TaskSection, key: str) -> list[Row]:
+    bare, compression = path, None
+    for suffix, name in _COMPRESSIONS.items():
+        if path.endswith(suffix):
+            bare, compression = path.removesuffix(suffix), name
+    kind = task.format if task.format != "auto" else _SUFFIXES.get(Path(bare).suffix.lower(), "")
+    if not kind:
+        raise ValueError(
+            f"{key}: `{path}` has an ending that tells no format; say it with task.format "
+            f"({', '.join(dict.fromkeys([*_SUFFIXES.values(), 'squad']))})"
+        )
+    if kind == "parquet":
+        return list(_parquet(path))
+    file = SourceFile(name=path, path=path, format=kind, bytes=os.path.getsize(path), compression=compression)
+    readers = {"jsonl": _jsonl, "json": _json, "squad": _json}
+    with open_bytes(file) as (stream, _):
+        if kind in readers:
+            return list(readers[kind](stream, path))
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        try:
+            if kind in ("conll", "conllu"):
+                return list(_conll(text, path, _CONLLU if kind == "conllu" else task.columns, kind))
+            return list(_table(text, path, task, kind))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{key}: `{path}` is no UTF-8 ({error.reason} at byte {error.start}); convert it"
+            ) from None
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+def _table(text: IO[str], path: str, task: TaskSection, kind: str) -> Iterator[Row]:
+    quoting = task.quoting if task.quoting is not None else kind == "csv"
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader(
+        text,
+        delimiter="," if kind == "csv" else "\t",
+        quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+        strict=quoting,
+    )
+    names = list(task.columns) if task.columns is not None else None
+    try:
+        for fields in reader:
+            if not fields or (len(fields) == 1 and not fields[0].strip()):
+                continue
+            if names is None:
+                names = fields
+                continue
+            where = f"{path}:{reader.line_num}"
+            if len(fields) != len(names):
+                raise ValueError(
+                    f"{where}: {len(fields)} fields, and the columns are {len(names)} ({', '.join(names)}); check "
+                    "task.columns and task.quoting"
+                )
+            yield Row(dict(zip(names, fields, strict=True)), where)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{reader.line_num}: {error}; task.quoting says whether quotes enclose fields"
+        ) from None
+
+
+def _jsonl(stream: IO[bytes], path: str) -> Iterator[Row]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield _object(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _json(stream: IO[bytes], path: str) -> Iterator[Row]:
+    """A list of objects, SQuAD's form, or (as some files named .json are) an object a line."""
+    content = stream.read()
+    first, _, rest = content.lstrip().partition(b"\n")
+    if first.startswith(b"{") and first.rstrip().endswith(b"}") and rest.strip():
+        yield from _jsonl(io.BytesIO(content), path)
+        return
+    whole = _parsed(content, path)
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        if whole["data"] and isinstance(whole["data"][0], dict) and "paragraphs" in whole["data"][0]:
+            yield from _squad(whole["data"], path)
+            return
+        whole = whole["data"]
+    for number, entry in enumerate(whole if isinstance(whole, list) else [whole], start=1):
+        yield _object(entry, f"{path}, entry {number}")
+
+
+def _squad(articles: Iterable[Mapping[str, Any]], path: str) -> Iterator[Row]:
+    """One row a question, as the Hub's `squad` has them."""
+    for article in articles:
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph["qas"]:
+                answers = asked.get("answers") or []
+                values = {
+                    "id": str(asked["id"]),
+                    "title": article.get("title", ""),
+                    "context": paragraph["context"],
+                    "question": asked["question"],
+                    "answers": {
+                        "text": [answer["text"] for answer in answers],
+                        "answer_start": [int(answer["answer_start"]) for answer in answers],
+                    },
+                }
+                yield Row(values, f"{path}, question {asked['id']}")
+
+
+def _conll(text: IO[str], path: str, columns: Sequence[str] | None, kind: str) -> Iterator[Row]:
+    """One row a sentence, each column a list; of CoNLL-U without multiword tokens (1-2) and empty nodes (8.1)."""
+    lines: list[list[str]] = []
+    begun = 1
+    for number, line in enumerate(text, start=1):
+        line = line.rstrip("\r\n")
+        if not line.strip():
+            if lines:
+                yield _sentence(lines, f"{path}:{begun}", columns)
+            lines, begun = [], number + 1
+            continue
+        if (kind == "conllu" and line.startswith("#")) or line.startswith("-DOCSTART-"):
+            continue
+        fields = line.split("\t") if "\t" in line else line.split()
+        if kind == "conllu" and not fields[0].isdigit():
+            continue
+        if lines and len(fields) != len(lines[0]):
+            raise ValueError(f"{path}:{number}: {len(fields)} columns, and {len(lines[0])} in the line before it")
+        lines.append(fields)
+    if lines:
+        yield _sentence(lines, f"{path}:{begun}", columns)
+
+
+def _sentence(lines: list[list[str]], where: str, columns: Sequence[str] | None) -> Row:
+    names = columns or [str(number) for number in range(len(lines[0]))]
+    if len(names) != len(lines[0]):
+        raise ValueError(f"{where}: {len(lines[0])} columns, and task.columns names {len(names)}")
+    return Row({name: [fields[number] for fields in lines] for number, name in enumerate(names)}, where)
+
+
+def _parquet(path: str) -> Iterator[Row]:
+    tables: Any = importlib.import_module("pyarrow.parquet")
+    number = 0
+    for batch in tables.ParquetFile(path).iter_batches():
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(values, f"{path}, row {number}")
+
+
+def _hub(entry: str, key: str) -> list[Row]:
+    """`hub:NAME[/CONFIG][:SPLIT]` or `hub:ORG/NAME[/CONFIG][:SPLIT]`; label numbers become the dataset's own names."""
+    datasets: Any = importlib.import_module("datasets")
+    name, _, split = entry.removeprefix(HUB_PREFIX).partition(":")
+    parts = name.split("/")
+    where = "/".join(parts[:2])
+    config = "/".join(parts[2:]) or None
+    try:
+        found = datasets.load_dataset(where, config, split=split or "train")
+    except (OSError, ValueError, RuntimeError, ConnectionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{key}: `{entry}` cannot be loaded ({reason}); check the name (hub:ORG/NAME/CONFIG:SPLIT), or that the "
+            "Hub can be reached from here (HF_HUB_OFFLINE, HF_TOKEN), or give files"
+        ) from error
+    named = {column: _label_names(feature) for column, feature in found.features.items()}
+    rows = []
+    for number, values in enumerate(found):
+        plain = {column: _by_name(value, named.get(column)) for column, value in values.items()}
+        rows.append(Row(plain, f"{entry}, row {number + 1}"))
+    return rows
+
+
+def _label_names(feature: Any) -> list[str] | None:
+    """The names of a dataset's labels, of a column of them or of lists of them."""
+    found = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+    return list(found) if found else None
+
+
+def _by_name(value: Any, names: Sequence[str] | None) -> Any:
+    """A label's number, or a list of them, as names; -1 (a label that is not told) stays."""
+    if names is None:
+        return value
+    if isinstance(value, list):
+        return [_by_name(one, names) for one in value]
+    return names[value] if isinstance(value, int) and value >= 0 else value
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+
+
+def _object(entry: Any, where: str) -> Row:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object with named values, found {type(entry).__name__}")
+    return Row(entry, where)
