@@ -1,0 +1,232 @@
+"""What is in a model directory, and whether it may leave: every file that would be sent, hashed, and refusals.
+
+What lives here: which files go, which stay, and what is refused (pickles, links that lead out, torn weights, secrets).
+What must not: the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pretrain.files import ArtifactError, sha256_file
+from pretrain.publishing.leaks import secrets_in
+
+CONFIG, CARD, INDEX = "config.json", "README.md", "model.safetensors.index.json"
+_STAYS = frozenset({"manifest.json", "pretrain.json", ".DS_Store", "Thumbs.db"})
+_HIDDEN_THAT_GO = frozenset({".eval_results", ".gitattributes"})
+_FOLDERS_THAT_STAY = frozenset({"__pycache__"})
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".mar", ".nemo")
+_PICKLED = re.compile(rb"\x80[\x02-\x05]")
+_TEXT_BYTES = 64 << 20  # larger files that are no weights are searched in their first bytes only
+_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_WEIGHTS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file to be sent.
+
+    Attributes:
+        name: its path in the repository.
+        path: where it lies.
+        size: in bytes.
+        sha256: of its bytes.
+        data: its bytes where it lies nowhere.
+    """
+
+    name: str
+    path: Path
+    size: int
+    sha256: str
+    data: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model directory that may leave.
+
+    Attributes:
+        directory: the model directory.
+        pieces: the files that go, by name in order.
+        stays: names of the files that are there and do not go.
+        config: what `config.json` says.
+    """
+
+    directory: Path
+    pieces: tuple[Piece, ...]
+    stays: tuple[str, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of the files with tensors."""
+        return {piece.name: piece.sha256 for piece in self.pieces if piece.name.endswith(_WEIGHTS)}
+
+
+def look_into(directory: Path, digests: Mapping[str, str] | None = None) -> Contents:
+    """Hash and check every file of a model directory that would be sent.
+
+    Args:
+        directory: the model directory.
+        digests: SHA-256 by name, as they were written down when the files were made; other bytes are refused.
+
+    Raises:
+        ArtifactError: when it is no whole model, or holds what must not leave: a pickle, a link that leads out of it,
+            a secret. Names the file and the remedy, never the secret.
+    """
+    if not directory.is_dir():
+        raise ArtifactError(f"`{directory}` is no model directory; give a run, a checkpoint or a model directory")
+    names, stays = _listed(directory)
+    if CONFIG not in names or not any(name.endswith(_WEIGHTS) for name in names):
+        raise ArtifactError(
+            f"`{directory}` holds no whole model: it needs {CONFIG} and weights in .safetensors files; export one first"
+        )
+    for name in names:
+        _refuse_pickle(directory / name, name)
+    for name in names:
+        if name.endswith(_WEIGHTS):
+            _check_weights(directory / name)
+        else:
+            _refuse_secrets(directory / name, _text_of(directory / name), name)
+    config = _check_config(directory, names)
+    _check_index(directory, names)
+    pieces = tuple(
+        Piece(name, directory / name, (directory / name).stat().st_size, sha256_file(directory / name))
+        for name in names
+    )
+    for piece in pieces:
+        if digests is not None and digests.get(piece.name, piece.sha256) != piece.sha256:
+            raise ArtifactError(f"`{piece.path}` was altered: its SHA-256 is not the manifest's; make it again")
+    if digests is not None and (missing := sorted(set(digests) - {piece.name for piece in pieces} - _STAYS)):
+        raise ArtifactError(f"`{directory / missing[0]}` is missing, and the manifest names it; make it again")
+    return Contents(directory, pieces, tuple(stays), config)
+
+
+# --- which files ----------------------------------------------------------------------------------------------------
+
+
+def _listed(directory: Path) -> tuple[list[str], list[str]]:
+    """Names of the files that go, and of those that stay."""
+    names: list[str] = []
+    stays: list[str] = []
+    inside = directory.resolve()
+    for folder, folders, files in os.walk(directory):
+        for name in [name for name in folders if not _goes(name, folder=True)]:
+            stays.append((Path(folder) / name).relative_to(directory).as_posix() + "/")
+            folders.remove(name)
+        for name in (*folders, *files):
+            path = Path(folder) / name
+            target = path.resolve()
+            if path.is_symlink() and (target.is_dir() or not target.is_relative_to(inside)):
+                raise ArtifactError(
+                    f"`{path}` is a link to `{target}`; nothing from outside of the directory is sent. Copy what is "
+                    "meant into it (`cp -rL`)"
+                )
+        for name in files:
+            path = Path(folder) / name
+            found = path.relative_to(directory).as_posix()
+            if not _goes(name, folder=False):
+                stays.append(found)
+            elif not path.is_file():
+                raise ArtifactError(f"`{path}` is no file; remove it")
+            else:
+                names.append(found)
+    return sorted(names), sorted(stays)
+
+
+def _goes(name: str, *, folder: bool) -> bool:
+    if name.startswith("."):
+        return name in _HIDDEN_THAT_GO
+    return name not in (_FOLDERS_THAT_STAY if folder else _STAYS)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_pickle(path: Path, name: str) -> None:
+    """Whatever would run code when it is loaded."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    held = ""
+    if name.lower().endswith(_PICKLES):
+        held = "may hold a pickle"
+    elif _PICKLED.match(start):
+        held = "is a pickle"
+    elif start == b"PK\x03\x04" and _zipped_pickle(path):
+        held = "holds a pickle"
+    if held:
+        raise ArtifactError(
+            f"`{path}` {held}, which runs code when it is loaded; weights are sent as .safetensors alone. Remove it"
+        )
+
+
+def _zipped_pickle(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as opened:
+            return any(name.endswith((".pkl", ".pickle")) for name in opened.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _check_weights(path: Path) -> None:
+    """The header is read, and says as many bytes as there are."""
+    try:
+        with safe_open(path, framework="np") as opened:
+            metadata = dict(opened.metadata() or {})
+            names = list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"`{path}` cannot be read ({error}); make it again") from error
+    _refuse_secrets(path, [json.dumps(metadata), *names], path.name)
+
+
+def _text_of(path: Path) -> Iterator[str]:
+    """What can be searched in a file."""
+    with path.open("rb") as file:
+        data = file.read(_TEXT_BYTES)
+    yield data.decode("utf-8", errors="replace")
+
+
+def _refuse_secrets(path: Path, texts: Any, name: str) -> None:
+    for text in (name, *texts):
+        found = next(secrets_in(text), None)
+        if found is not None:
+            raise ArtifactError(f"`{path}` holds {found}, and would be sent; take it out, and make that secret invalid")
+
+
+def _check_config(directory: Path, names: list[str]) -> Mapping[str, Any]:
+    path = directory / CONFIG
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"`{path}` cannot be read ({error}); export the model again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ArtifactError(f"`{path}` names no model_type; export the model again")
+    code = config.get("auto_map") or {}
+    for target in code.values() if isinstance(code, dict) else ():
+        for entry in target if isinstance(target, list) else [target]:
+            module = f"{str(entry).partition('.')[0]}.py"
+            if entry is not None and "--" not in str(entry) and module not in names:
+                raise ArtifactError(f"`{path}` says that the model's code is in {module}, which is not there")
+    return config
+
+
+def _check_index(directory: Path, names: list[str]) -> None:
+    """Every file that the index of a split model names is there."""
+    if INDEX not in names:
+        return
+    path = directory / INDEX
+    try:
+        named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"`{path}` cannot be read ({error}); export the model again") from error
+    if missing := sorted(named - set(names)):
+        raise ArtifactError(f"`{directory / missing[0]}` is missing, and {INDEX} names it; export the model again")
