@@ -20,7 +20,11 @@ Floats = npt.NDArray[np.float32]
 
 _MOST_LABELS = 48  # tokens beside a map, above which they would not be read
 _MOST_OPEN = 16  # tokens whose lists are shown without a click
-_STYLE = """<style>
+LEGEND = (
+    "In a map a row is a token that looks and a column one that is looked at. The stronger the colour, the more: it is "
+    "the square root of the probability, so that faint looks are seen."
+)
+STYLE = """<style>
 .heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .6rem; }
 figure { margin: 0; } figcaption { font-size: 12px; color: var(--soft); }
 h1, .soft { overflow-wrap: anywhere; }
@@ -70,19 +74,19 @@ def attention_page(model: str, text: str, stacks: Sequence[Stack]) -> str:
     """The whole page."""
     name = model.rstrip("/").rsplit("/", 1)[-1]
     where = [paragraph(model, "soft")] if name != model else []
-    body = [_STYLE, *where, f'<div class="sample">{escape(text)}</div>']
-    body.append(
-        paragraph(
-            "In a map a row is a token that looks and a column one that is looked at. The stronger the colour, the "
-            "more: it is the square root of the probability, so that faint looks are seen."
-        )
-    )
-    for stack in stacks:
-        body.append(f"<h2>{escape(stack.title)}</h2>")
-        body.extend(_importance(stack))
-        body.extend(_rollout(stack) if stack.rollout is not None else _mean(stack))
-        body.extend(_maps(stack))
+    body = [STYLE, *where, f'<div class="sample">{escape(text)}</div>']
+    body.append(paragraph(LEGEND))
+    body.extend(attention_parts(stacks))
     return page(f"attention of {name}", body, images=True)
+
+
+def attention_parts(stacks: Sequence[Stack], heading: str = "h2") -> Iterator[str]:
+    """The maps of a text, for a page that holds `STYLE`; `heading` is the tag of their titles."""
+    for stack in stacks:
+        yield f"<{heading}>{escape(stack.title)}</{heading}>"
+        yield from _importance(stack)
+        yield from _rollout(stack) if stack.rollout is not None else _mean(stack)
+        yield from _maps(stack)
 
 
 def _importance(stack: Stack) -> Iterator[str]:

@@ -32,17 +32,31 @@ class Block:
 
 def data_page(report: Mapping[str, Any]) -> str:
     """The report as HTML."""
-    body = [paragraph(report["directory"], "soft"), *(paragraph(line, "warn") for line in report["warnings"])]
+    return page(f"{report['name']}: the data", data_parts(report))
+
+
+def data_parts(report: Mapping[str, Any], heading: str = "h2") -> Iterator[str]:
+    """The HTML of the report, for a page that says more than this; `heading` is the tag of its titles."""
+    yield paragraph(report["directory"], "soft")
+    yield from (paragraph(line, "warn") for line in report["warnings"])
     for block in blocks_of(report):
-        body.append(f"<h2>{escape(block.title)}</h2>")
-        body.extend(paragraph(line) for line in block.lines)
-        if block.rows:
-            body.append(table(block.head, block.rows, numbers=block.numbers))
-        if block.bars:
-            body.append(bars(block.bars))
-        for about, text in block.samples:
-            body.append(f'{paragraph(about, "soft") if about else ""}<div class="sample">{escape(text)}</div>')
-    return page(f"{report['name']}: the data", body)
+        yield from _block_parts(block, "", heading)
+
+
+def run_parts(report: Mapping[str, Any], heading: str = "h2") -> Iterator[str]:
+    """The HTML of what one run reads of data that it shares with others."""
+    yield from _block_parts(_run(report["run"]), f"{report['name']}: ", heading)
+
+
+def _block_parts(block: Block, before: str, heading: str) -> Iterator[str]:
+    yield f"<{heading}>{escape(before + block.title)}</{heading}>"
+    yield from (paragraph(line) for line in block.lines)
+    if block.rows:
+        yield table(block.head, block.rows, numbers=block.numbers)
+    if block.bars:
+        yield bars(block.bars)
+    for about, text in block.samples:
+        yield f'{paragraph(about, "soft") if about else ""}<div class="sample">{escape(text)}</div>'
 
 
 def blocks_of(report: Mapping[str, Any]) -> Iterator[Block]:

@@ -5,6 +5,8 @@ What lives here: what all pages share. What must not: what a page says.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape as _escape
 
@@ -24,12 +26,12 @@ h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.05rem; margin: 1.
 p { margin: .3rem 0; } .soft, th { color: var(--soft); } .warn { color: var(--warn); font-weight: 600; }
 table { border-collapse: collapse; margin: .3rem 0; font-variant-numeric: tabular-nums; }
 td, th { padding: .1rem .9rem .1rem 0; text-align: left; vertical-align: top; font-weight: inherit; }
-td.n, th.n { text-align: right; } .wide { overflow-x: auto; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; } .wide { overflow-x: auto; }
 section { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9rem; margin: .8rem 0; }
 .sample { background: var(--card); border-radius: 4px; padding: .4rem .6rem; margin: .3rem 0; overflow-wrap: anywhere;
   font: 13px/1.5 ui-monospace, monospace; }
 .bar { display: inline-block; height: .7em; background: var(--bar); border-radius: 2px; min-width: 1px; }
-.cell { width: 14rem; }
+.cell { width: 14rem; } @media (max-width: 600px) { .cell { width: 8rem; } }
 .tokens { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   margin: .2rem 0 .8rem; }
 .tokens span { unicode-bidi: isolate; border-right: 1px solid var(--edge); padding: .1rem 0; }
@@ -42,7 +44,7 @@ section { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9re
 _FRAME = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8" />
 <meta name="viewport" content="width=device-width, initial-scale=1" />
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'{images}" />
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'{allowed}" />
 <title>{title}</title><style>{style}</style></head>
 <body><h1>{title}</h1>
 {body}
@@ -55,10 +57,16 @@ def escape(text: str) -> str:
     return _escape(visible(text), quote=True)
 
 
-def page(title: str, body: Iterable[str], *, images: bool = False) -> str:
-    """A whole page. `title` is plain text, `body` is HTML; `images` allows those that the page itself holds."""
+def page(title: str, body: Iterable[str], *, images: bool = False, scripts: Iterable[str] = ()) -> str:
+    """A whole page. `title` is plain text, `body` is HTML; `images` allows those that the page itself holds.
+
+    Of scripts a browser runs those in `scripts` alone, letter for letter: what else might stand in the page is dead.
+    """
     allowed = "; img-src data:" if images else ""
-    return _FRAME.format(title=escape(title), style=_STYLE, body="\n".join(body), images=allowed)
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    if sources := " ".join(f"'sha256-{digest}'" for digest in digests):
+        allowed += f"; script-src {sources}"
+    return _FRAME.format(title=escape(title), style=_STYLE, body="\n".join(body), allowed=allowed)
 
 
 def paragraph(text: str, style: str = "") -> str:
