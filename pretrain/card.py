@@ -1,0 +1,148 @@
+"""The verb `card`: the README.md of a model, made from the artifacts of the run that made it.
+
+What lives here: which sections a card has, and writing it with what lies beside it. What must not: what a section says
+(`pretrain.cards`), or a number that no artifact holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.cards import of_run, sections
+from pretrain.cards.curve import FILE as CURVE
+from pretrain.cards.curve import draw_curve
+from pretrain.cards.facts import Facts, gather
+from pretrain.cards.loading import PLACE
+from pretrain.cards.metadata import evaluation_files, metadata
+from pretrain.cards.scores import read_scores
+from pretrain.cards.words import cell
+from pretrain.files import (
+    MANIFEST,
+    ArtifactError,
+    make_directories,
+    read_manifest,
+    update_file,
+    write_manifest,
+)
+
+CARD = "README.md"
+_RESULTS = ".eval_results"
+
+
+def write_card(
+    directory: Path,
+    run: Path | None = None,
+    *,
+    checkpoint: Path | None = None,
+    repository: str | None = None,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+    scores: Sequence[Path] = (),
+    watts: float | None = None,
+    overhead: float | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the card of a model directory, the picture of its training, and files of scores on the Hub's benchmarks.
+
+    Args:
+        directory: a Hugging Face model directory; the files are written into it.
+        run: the run directory that it comes from; None: the card says what the directory alone tells.
+        checkpoint: the checkpoint of the run that it is; None: the end of the run.
+        repository: its name on the Hub, by which the card's lines load it.
+        license: of the model, in place of the run's `export.license`.
+        languages: of its text, in place of the run's `export.language`.
+        scores: JSON files of `pretrain evaluate` or lm-eval, whose numbers are shown too.
+        watts: power of a process's device, for the estimate of energy.
+        overhead: power usage effectiveness of the building, for that estimate.
+        overwrite: whether a card that is there may be replaced.
+
+    Returns:
+        The card.
+
+    Raises:
+        ArtifactError: when there is no model, no run, a card already, or the model is not the run's.
+    """
+    path = directory / CARD
+    if path.exists() and not overwrite:
+        raise ArtifactError(f"`{path}` is there already; --overwrite makes it anew, and what was written is lost")
+    if run is not None:
+        _refuse_another(directory, run, checkpoint)
+    facts = gather(
+        directory,
+        run,
+        checkpoint=checkpoint,
+        repository=repository,
+        license=license,
+        languages=languages,
+        scores=[score for file in scores for score in read_scores(file)],
+        watts=watts,
+        overhead=overhead,
+    )
+    picture = None
+    if facts.run is not None:
+        picture = draw_curve(facts.run.curves, facts.run.evaluations, f"{facts.title}: loss")
+    if picture is not None:
+        update_file(directory / CURVE, picture.encode())
+    for name, text in evaluation_files(facts).items():
+        make_directories(directory / _RESULTS)
+        update_file(directory / _RESULTS / name, text.encode())
+    update_file(path, card_text(facts, CURVE if picture is not None else None).encode())
+    _renew_manifest(directory)
+    return path
+
+
+def card_text(facts: Facts, curve: str | None = None) -> str:
+    """The whole card; `curve` names the picture beside it. Sections that have nothing to say are left out."""
+    parts = {
+        "Use": sections.use(facts),
+        "Limits": sections.limits(facts),
+        "Data": of_run.data(facts),
+        "Tokenizer": sections.tokenizer(facts),
+        "Architecture": sections.architecture(facts),
+        "Recipe": of_run.recipe(facts),
+        "Training": of_run.training(facts, curve),
+        "Scores": of_run.scores(facts),
+        "Versions": of_run.versions(facts),
+        "Citation": sections.citation(facts),
+    }
+    body = [f"# {cell(facts.title)}", sections.summary(facts)]
+    body += [f"## {title}\n\n{text}" for title, text in parts.items() if text]
+    return f"---\n{metadata(facts)}\n---\n\n" + "\n\n".join(body) + "\n"
+
+
+def readdressed(card: str, repository: str) -> str:
+    """A card whose lines load the model from a repository; a card without such lines comes back as it is."""
+    return re.sub(rf'(?m)^{PLACE}".*"$', lambda _: PLACE + json.dumps(repository), card)
+
+
+def _refuse_another(directory: Path, run: Path, checkpoint: Path | None) -> None:
+    """Refuse an export that says it was made from another checkpoint than the one to be told of."""
+    if not (directory / MANIFEST).is_file():
+        return
+    try:
+        made_from = read_manifest(directory, "export").inputs.get("checkpoint")
+    except ArtifactError:  # of something else than an export, which says nothing of its checkpoint
+        return
+    known = {
+        path.parent: read_manifest(path.parent, "checkpoint").digest
+        for path in ([checkpoint / MANIFEST] if checkpoint is not None else run.glob(f"train/checkpoints/*/{MANIFEST}"))
+    }
+    if made_from is not None and known and made_from not in known.values():
+        raise ArtifactError(
+            f"`{directory}` was not exported from `{checkpoint or run}`: its manifest names another checkpoint; give "
+            "the run that it comes from, or export it again"
+        )
+
+
+def _renew_manifest(directory: Path) -> None:
+    """Bring the digests of an export up to date."""
+    if not (directory / MANIFEST).is_file():
+        return
+    try:
+        made = read_manifest(directory, "export")
+    except ArtifactError:
+        return
+    write_manifest(directory, kind="export", config=made.config, inputs=made.inputs, facts=made.facts)
