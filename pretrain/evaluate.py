@@ -1,7 +1,7 @@
-"""`pretrain evaluate MODEL TEXT...`: how well a language model predicts text it has not seen.
+"""`pretrain evaluate MODEL TEXT...`: how well a model predicts text it has not seen, and what else it can do.
 
-What lives here: reading the text, choosing the context, the scores as one JSON, and a run's own validation sets. What
-must not: what a score means; that is `pretrain.evaluation`.
+What lives here: reading the text, choosing the context, further measures, several models, the scores as one JSON, and a
+run's own validation sets. What must not: what a score means; that is `pretrain.evaluation`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,28 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from pretrain.config import RunConfig
 from pretrain.config_data import DocumentStart
+from pretrain.config_evaluate import MeasuresConfig
 from pretrain.data.batches import Batch, layout_of
 from pretrain.data.loader import DataPlane
 from pretrain.data.reading.documents import SourceFile, read_documents, resolve_sources
 from pretrain.data.reading.pairs import TextField, sides
 from pretrain.data.validation import ValidationPass
 from pretrain.evaluation.likelihood import evaluate_batches, perplexity, score_causal, score_masked
-from pretrain.evaluation.loading import LoadedModel, describe_model, describe_tokenizer, load_model
+from pretrain.evaluation.loading import (
+    LoadedModel,
+    describe_model,
+    describe_tokenizer,
+    kind_of_model,
+    load_model,
+)
+from pretrain.evaluation.measures import Measures, check_kind, default_window
 from pretrain.evaluation.outputs import score_outputs
 from pretrain.evaluation.passes import DEFAULT_BATCH_TOKENS, Passes
 from pretrain.evaluation.passes import Progress as ProgressCallback
+from pretrain.evaluation.table import score_table
 from pretrain.files import replace_file
 from pretrain.model_dir import DTYPES
 from pretrain.model_reading import read_detector, read_loom, read_stock
@@ -39,13 +48,13 @@ from pretrain.runtime import describe_machine, resolve_precision
 from pretrain.stock_model import adapt
 from pretrain.training.checkpoint import verify_model
 
-_DEFAULT_CONTEXT = 1_024
-
 
 def evaluate_model(
     model: str | Path,
-    files: Sequence[str],
+    files: Sequence[str] = (),
     *,
+    measures: MeasuresConfig | None = None,
+    beside: Sequence[str | Path] = (),
     tokenizer: str | Path | None = None,
     kind: str = "auto",
     document: str | DocumentStart = "auto",
@@ -65,7 +74,7 @@ def evaluate_model(
     console: Console | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Score a model directory (any Hugging Face one) on text or pairs, and say exactly what was scored and how.
+    """Score a model directory (any Hugging Face one) on all that is asked, and say exactly what was scored and how.
 
     Causal models: loss (nats a token), perplexity, bits per byte; every token of every document is scored once. The
     end of a document is not scored, its start is predicted from BOS. Masked language models: loss and accuracy at 15%
@@ -74,7 +83,9 @@ def evaluate_model(
 
     Args:
         model: a directory with config.json, safetensors and a tokenizer, or a Hub name.
-        files: files, directories, globs, or whatever `data.train` of a run takes.
+        files: text: files, directories, globs, or whatever `data.train` of a run takes.
+        measures: minimal pairs, similarity, retrieval and lm-eval tasks; `measure_at` means nothing here.
+        beside: further models, which are scored on the same; `kind` and `tokenizer` are of `model` alone.
         tokenizer: where the tokenizer lies, when it is not in `model`.
         kind: "causal" or "mlm"; "auto" goes by the class in config.json.
         document: what one document is, as `data.document` of a run.
@@ -91,7 +102,7 @@ def evaluate_model(
         precision: "fp32", "bf16" (autocast; the weights stay fp32), "fp16" (CUDA), or "auto": bf16 where it is native.
         device: default CUDA where there is one.
         batch_tokens: tokens a forward pass, at most, padding included.
-        trust_remote_code: run the code that the directory carries.
+        trust_remote_code: run the code that the directories, and the tasks, carry.
         out: write the scores there, as JSON.
         console: shows a progress bar.
         progress: told now and then what is scored, the targets done, and the targets in all.
@@ -99,44 +110,105 @@ def evaluate_model(
     Raises:
         ValueError: when the model, its tokenizer or the text cannot be used; names the remedy.
     """
-    started = time.monotonic()
-    sources = resolve_sources(list(files), key="TEXT")
-    verify_model(Path(model))
-    loaded = load_model(model, tokenizer=tokenizer, kind=kind, device=device, trust_remote_code=trust_remote_code)
+    wanted = measures or MeasuresConfig()
+    if not files and not wanted.has_measures:
+        raise ValueError(
+            "nothing is asked: give text to score, or --minimal-pairs, --similarity, --retrieval or --tasks"
+        )
+    sources = resolve_sources(list(files), key="TEXT") if files else []
+    names = [str(model), *map(str, beside)]
+    head = bool(files) or wanted.needs_head
+    for number, name in enumerate(names):
+        verify_model(Path(name))
+        if head:
+            of_first = kind if number == 0 else "auto"
+            check_kind(wanted, kind_of_model(name, of_first, trust_remote_code=trust_remote_code), name)
+    asked = Measures.read(wanted, trust_code=trust_remote_code)
     of_outputs: dict[str, object] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     of_outputs["bleu_tokenizer"] = None if bleu_tokenizer == "auto" else bleu_tokenizer
-    of_text: dict[str, object] = {"context": context, "stride": stride}
-    of_causal: dict[str, object] = {} if loaded.kind == "causal" else {"stride": stride}
-    _check_options(loaded, text_field, of_text if loaded.kind == "seq2seq" else of_outputs | of_causal)
-    window = _window(loaded, context)
+    chosen: dict[str, Any] = {"stride": stride, "sentences": pseudo_perplexity, "max_bytes": max_bytes}
+    on_text = _OnText(sources, document, text_field, context=context, of_outputs=of_outputs, **chosen)
+    found: list[dict[str, Any]] = []
+    for number, name in enumerate(names):
+        started = time.monotonic()
+        own: dict[str, Any] = {"tokenizer": tokenizer, "kind": kind} if number == 0 else {}
+        loaded = load_model(name, device=device, trust_remote_code=trust_remote_code, head=head, **own)
+        with _progress_bar(console, progress) as callback:
+            scores = _score(loaded, on_text, asked, precision, batch_tokens, callback)
+        found.append(scores | {"seconds": round(time.monotonic() - started, 3)})
+    result = found[0] | ({"beside": found[1:]} if beside else {})
+    if out is not None:
+        path = Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
+    return result
+
+
+def _score(
+    loaded: LoadedModel,
+    on_text: _OnText,
+    asked: Measures,
+    precision: str,
+    batch_tokens: int,
+    told: ProgressCallback,
+) -> dict[str, Any]:
+    """All scores of one model, and what exactly was scored."""
+    on_text.check(loaded)
     arithmetic = resolve_precision(precision, loaded.device)
-    texts = _texts(sources, document, text_field)
-    with _progress_bar(console, progress) as callback:
-        passes = Passes(loaded.device, None if arithmetic == "fp32" else DTYPES[arithmetic], batch_tokens, callback)
-        ours: dict[str, Any] = {"window": window, "max_bytes": max_bytes}
+    window = _window(loaded, on_text.context)
+    passes = Passes(loaded.device, None if arithmetic == "fp32" else DTYPES[arithmetic], batch_tokens, told)
+    of_text = on_text.score(loaded, passes, window) if on_text.sources else {}
+    return {"kind": loaded.kind, **of_text, **asked.score(loaded, passes, window=window), **_about(loaded, arithmetic)}
+
+
+@dataclass(frozen=True)
+class _OnText:
+    """Text, and how it is to be scored."""
+
+    sources: Sequence[SourceFile]
+    document: str | DocumentStart
+    text_field: TextField
+    context: int | None
+    stride: int | None
+    sentences: int
+    max_bytes: int | None
+    of_outputs: dict[str, Any]
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Refuse options that have no effect on a model.
+
+        Raises:
+            ValueError: names the option.
+        """
+        of_text: dict[str, object] = {"context": self.context, "stride": self.stride}
+        of_causal: dict[str, object] = {} if loaded.kind == "causal" else {"stride": self.stride}
+        refused = of_text if loaded.kind == "seq2seq" else self.of_outputs | of_causal
+        _check_options(loaded, self.text_field, refused, has_text=bool(self.sources))
+
+    def score(self, loaded: LoadedModel, passes: Passes, window: int) -> dict[str, Any]:
+        """The scores of one model, by what kind it is of."""
+        texts = _texts(self.sources, self.document, self.text_field)
+        ours: dict[str, Any] = {"window": window, "max_bytes": self.max_bytes}
         if loaded.kind == "seq2seq":
             pairs = (sides(text) for text in texts)
-            chosen: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "max_bytes": max_bytes}
-            scores = score_outputs(loaded, pairs, passes, bleu_tokenizer=bleu_tokenizer, **chosen)
+            chosen = self.of_outputs | {"bleu_tokenizer": self.of_outputs["bleu_tokenizer"] or "auto"}
+            scores = score_outputs(loaded, pairs, passes, max_bytes=self.max_bytes, **chosen)
         elif loaded.kind == "causal":
-            scores = score_causal(loaded.model, loaded.tokenizer, texts, passes, stride=stride, **ours)
+            scores = score_causal(loaded.model, loaded.tokenizer, texts, passes, stride=self.stride, **ours)
         else:
-            scores = score_masked(loaded.model, loaded.tokenizer, texts, passes, sentences=pseudo_perplexity, **ours)
-    scores = {"kind": loaded.kind, **scores}
-    scores["text"] = {"files": [source.name for source in sources], **scores["text"]}
-    scores |= {
+            scores = score_masked(loaded.model, loaded.tokenizer, texts, passes, sentences=self.sentences, **ours)
+        scores["text"] = {"files": [source.name for source in self.sources], **scores["text"]}
+        return scores
+
+
+def _about(loaded: LoadedModel, arithmetic: str) -> dict[str, Any]:
+    return {
         "model": describe_model(loaded),
         "tokenizer": describe_tokenizer(loaded),
         "precision": arithmetic,
         "machine": describe_machine(loaded.device),
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
-        "seconds": round(time.monotonic() - started, 3),
     }
-    if out is not None:
-        path = Path(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(scores, indent=2, ensure_ascii=False) + "\n").encode())
-    return scores
 
 
 def evaluate_run(
@@ -235,9 +307,11 @@ def _texts(sources: Sequence[SourceFile], document: str | DocumentStart, text_fi
             yield entry.text
 
 
-def _check_options(loaded: LoadedModel, text_field: TextField, refused: Mapping[str, object]) -> None:
+def _check_options(
+    loaded: LoadedModel, text_field: TextField, refused: Mapping[str, object], *, has_text: bool
+) -> None:
     """Fields and options that do not belong to this kind of model."""
-    if loaded.kind == "seq2seq" and isinstance(text_field, str):
+    if has_text and loaded.kind == "seq2seq" and isinstance(text_field, str):
         raise ValueError(
             f"`{loaded.source}` is an encoder-decoder, which predicts an output from an input: give a table of pairs "
             "and name the columns of both, --text-field INPUT,REFERENCE"
@@ -256,44 +330,12 @@ def _check_options(loaded: LoadedModel, text_field: TextField, refused: Mapping[
 def _window(loaded: LoadedModel, context: int | None) -> int:
     longest = loaded.max_positions
     if context is None:
-        return min(longest or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+        return default_window(loaded)
     if context < 1 or (longest is not None and context > longest):
         raise ValueError(f"context: {context} does not fit `{loaded.source}`, which takes 1 to {longest} tokens")
     return context
 
 
-_LABELS = {
-    "loss": ("loss", "{:.4f} nats a target"),
-    "perplexity": ("perplexity", "{:,.2f}"),
-    "bits_per_byte": ("bits per byte", "{:.4f}"),
-    "bleu": ("BLEU", "{:.2f}"),
-    "chrf": ("chrF", "{:.2f}"),
-    "accuracy": ("accuracy at 15% masks", "{:.4f}"),
-    "pseudo_perplexity": ("pseudo-perplexity", "{:,.2f}"),
-    "tokens": ("tokens", "{:,}"),
-    "bytes": ("bytes", "{:,}"),
-    "unknown_tokens": ("unknown tokens", "{:,}"),
-}
-
-
 def show_scores(scores: Mapping[str, Any], console: Console) -> None:
-    """The scores of `evaluate_model` as a table."""
-    table = Table(title=f"{scores['model']['source']}  ({scores['model']['class']})", show_header=False)
-    for key, (label, form) in _LABELS.items():
-        if key in scores:
-            table.add_row(label, form.format(scores[key]))
-        if key == "pseudo_perplexity" and (sample := scores.get("pseudo_perplexity_sample")):
-            table.add_row("  over", f"{sample['sentences']:,} of {sample['of_lines']:,} lines")
-        if signature := scores.get(f"{key}_signature"):
-            table.add_row("  as", signature)
-    if context := scores.get("context"):
-        overlap = f", stride {context['stride']:,}" if "stride" in context else ""
-        table.add_row("context", f"{context['window']:,} tokens{overlap}")
-    if "cut_off" in scores:
-        ended = f"{scores['cut_off']:,} cut off after {scores['max_new_tokens']} tokens"
-        table.add_row("outputs", f"{scores['num_beams']} beams; {ended}")
-    text = scores["text"]
-    units = "pairs" if "bleu" in scores else "documents"
-    table.add_row("text", f"{text['documents']:,} {units}, sha256 {text['sha256'][:12]}")
-    table.add_row("precision", scores["precision"])
-    console.print(table)
+    """The scores of `evaluate_model` as a table, a column for each model."""
+    console.print(score_table([scores, *scores.get("beside", ())]))

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -31,9 +32,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 import pretrain.models  # noqa: F401 (registers the Loom classes with the Auto classes)
+from pretrain.evaluation.passes import bare
 from pretrain.files import ArtifactError, sha256_file
+from pretrain.trust import check_model, check_tokenizer
 
-Kind = Literal["causal", "mlm", "seq2seq"]
+Kind = Literal["causal", "mlm", "seq2seq", "vectors"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
 _OWN_CODE = "it carries its own code: read it, then allow it with --trust-remote-code"
@@ -49,8 +52,8 @@ _UNLIMITED = 1_000_000  # tokenizers without a stated limit carry 1e30
 class LoadedModel:
     """A model and its tokenizer, in evaluation mode on `device`.
 
-    `kind` is "causal" (predicts the next token), "mlm" (fills masks) or "seq2seq" (an encoder-decoder: predicts an
-    output from an input); `source` is the directory or Hub name as given.
+    `kind` is "causal" (predicts the next token), "mlm" (fills masks), "seq2seq" (an encoder-decoder: predicts an
+    output from an input) or "vectors" (loaded without a head); `source` is the directory or Hub name as given.
     """
 
     model: Any
@@ -64,9 +67,10 @@ class LoadedModel:
     def max_positions(self) -> int | None:
         """The longest input, in tokens, that model and tokenizer state; None when neither states one."""
         limits = []
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        model: Any = bare(self.model)
+        positions = getattr(model.config, "max_position_embeddings", None)
         if isinstance(positions, int) and positions > 0:
-            limits.append(positions - _position_offset(self.model))
+            limits.append(positions - _position_offset(model))
         if 0 < self.tokenizer.model_max_length < _UNLIMITED:
             limits.append(int(self.tokenizer.model_max_length))
         return min(limits) if limits else None
@@ -87,6 +91,7 @@ def load_model(
     kind: str = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    head: bool = True,
 ) -> LoadedModel:
     """Load a model directory (or a Hub name) and its tokenizer, weights in fp32, in evaluation mode.
 
@@ -96,19 +101,18 @@ def load_model(
         kind: "causal", "mlm", "seq2seq", or "auto": by the class that `config.json` names.
         device: "cpu", "cuda", ...; default: CUDA where there is one.
         trust_remote_code: run the code that the directory carries.
+        head: load the language-model head; without it any model of text will do, and its kind is "vectors".
 
     Raises:
         ValueError: when there is no such model, when it has no language-model head of the asked kind, when its
             weights are not safetensors, or when the tokenizer is missing; names the remedy.
     """
     name = str(source)
-    if kind not in ("auto", *_AUTO_CLASSES):
-        raise ValueError(f"kind: {kind} is unknown; use auto, {', '.join(_AUTO_CLASSES)}")
-    check_source(name)
-    with loading(name, "model"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    decided = _kind_of(config, name) if kind == "auto" else cast(Kind, kind)
-    auto_class = _AUTO_CLASSES[decided]
+    config = _config(name, kind, trust_remote_code)
+    decided: Kind = "vectors"
+    if head:
+        decided = _kind_of(config, name) if kind == "auto" else cast(Kind, kind)
+    auto_class = _AUTO_CLASSES[decided] if head else AutoModel
     with loading(name, "model"):
         model, report = auto_class.from_pretrained(
             name,
@@ -118,7 +122,8 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    if missing := sorted(report["missing_keys"]):
+    # A pooler, which some classes add beside the last hidden states, is nowhere looked at.
+    if missing := sorted(key for key in report["missing_keys"] if head or "pooler" not in key):
         generator = Path(name) / "generator"  # of a detector of replaced tokens
         hint = f": `{generator}`" if (generator / "config.json").is_file() else ""
         raise ValueError(
@@ -134,6 +139,25 @@ def load_model(
             f"{model.get_input_embeddings().num_embeddings:,}; give the tokenizer that the model was trained with"
         )
     return LoadedModel(model.eval().to(place), loaded_tokenizer, decided, name, tokenizer_source, place)
+
+
+def kind_of_model(source: str | Path, kind: str = "auto", *, trust_remote_code: bool = False) -> Kind:
+    """What `load_model` would take a model for, from its config.json alone.
+
+    Raises:
+        ValueError: as `load_model` does.
+    """
+    config = _config(str(source), kind, trust_remote_code)
+    return _kind_of(config, str(source)) if kind == "auto" else cast(Kind, kind)
+
+
+def _config(name: str, kind: str, trust_remote_code: bool) -> Any:
+    if kind not in ("auto", *_AUTO_CLASSES):
+        raise ValueError(f"kind: {kind} is unknown; use auto, {', '.join(_AUTO_CLASSES)}")
+    check_source(name)
+    with loading(name, "model"):
+        check_model(name, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def check_source(source: str | Path) -> None:
@@ -166,7 +190,9 @@ def loading(name: str, what: str, *, own_code: str = _OWN_CODE) -> Iterator[None
     console.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ArtifactError:  # says what to do already
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             remedy = own_code
@@ -193,6 +219,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
             f"`{name}` holds no tokenizer (tokenizer.json is missing); name its directory with --tokenizer"
         )
     with loading(name, "tokenizer"):
+        check_tokenizer(name, trust_remote_code=trust_remote_code)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 

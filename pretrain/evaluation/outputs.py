@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,33 +133,61 @@ def write_outputs(
             raise ValueError(f"input {number} (`{text[:40]}`): {error}") from error
     own = getattr(model.model, "generation_config", None)
     beams = num_beams or getattr(own, "num_beams", None) or 1
-    options = generation_config(model, room, {"do_sample": False, "num_beams": beams})
-    pad = options.pad_token_id
+    return write_encoded(model, encoded, passes, num_beams=beams, max_new_tokens=room)
+
+
+def write_encoded(
+    model: LoadedModel,
+    encoded: Sequence[Sequence[int]],
+    passes: Passes,
+    *,
+    num_beams: int,
+    max_new_tokens: int,
+    stops: Collection[int] = (),
+) -> Outputs:
+    """The likeliest output for each input of token ids, of an encoder-decoder or, going on from it, of a decoder.
+
+    A decoder's inputs share a batch when they are equally long, so that none is padded.
+
+    Args:
+        model: an encoder-decoder or a decoder.
+        encoded: ids of each input, at least one.
+        passes: as of `write_outputs`.
+        num_beams: outputs that are looked at beside each other.
+        max_new_tokens: tokens of an output at most.
+        stops: ids that end an output, beside the model's own.
+    """
+    continues = model.kind != "seq2seq"
+    options = generation_config(model, max_new_tokens, {"do_sample": False, "num_beams": num_beams})
+    options.eos_token_id = sorted({*torch.tensor(options.eos_token_id).reshape(-1).tolist(), *stops})
+    ends, pad = torch.tensor(options.eos_token_id), options.pad_token_id
     order = sorted(range(len(encoded)), key=lambda number: -len(encoded[number]))
     outputs = [""] * len(encoded)
-    ends = torch.tensor(options.eos_token_id).reshape(-1)
     done = cut_off = 0
     with passes.of(model.model):
         while order:
-            rows = max(1, passes.batch_tokens // (len(encoded[order[0]]) * beams))
+            width = len(encoded[order[0]])
+            rows = max(1, passes.batch_tokens // (width * num_beams))
+            if continues:
+                rows = min(rows, sum(len(encoded[number]) == width for number in order))
             members, order = order[:rows], order[rows:]
-            width = len(encoded[members[0]])
             ids = torch.full((len(members), width), pad, dtype=torch.int64)  # (B, L)
             mask = torch.zeros_like(ids)
             for row, member in enumerate(members):
                 ids[row, : len(encoded[member])] = torch.tensor(encoded[member])
                 mask[row, : len(encoded[member])] = 1
             made = model.model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options
             )
-            cut_off += int((~torch.isin(made[:, 1:].cpu(), ends).any(dim=1)).sum())
+            made = made[:, width if continues else 1 :].cpu()
+            cut_off += int((~torch.isin(made, ends).any(dim=1)).sum())
             texts = model.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for member, text in zip(members, texts, strict=True):
                 outputs[member] = str(text).strip()
             done += len(members)
             if passes.progress is not None:
                 passes.progress("outputs", done, len(encoded))
-    return Outputs(outputs, beams, room, cut_off)
+    return Outputs(outputs, num_beams, max_new_tokens, cut_off)
 
 
 def score_outputs(
@@ -192,7 +220,7 @@ def score_outputs(
     Raises:
         ValueError: when there is no pair, an input does not fit, or sacrebleu is not installed.
     """
-    metrics = _sacrebleu()
+    _sacrebleu()
     if bleu_tokenizer not in BLEU_TOKENIZERS:
         raise ValueError(f"bleu_tokenizer: {bleu_tokenizer} is unknown; use {', '.join(BLEU_TOKENIZERS)}")
     inputs: list[str] = []
@@ -206,15 +234,36 @@ def score_outputs(
         references.append(reference)
     if not references:
         raise ValueError("there is no pair to score; check the files and the columns of inputs and references")
-    words = _word_finder(references) if bleu_tokenizer == "auto" else bleu_tokenizer
     made = write_outputs(model, inputs, passes, num_beams=num_beams, max_new_tokens=max_new_tokens)
-    scores: dict[str, Any] = {}
-    for name, metric in (("bleu", metrics.BLEU(tokenize=words)), ("chrf", metrics.CHRF())):
-        scores[name] = float(metric.corpus_score(made.texts, [references]).score)
-        scores[f"{name}_signature"] = str(metric.get_signature())
+    scores = bleu_and_chrf(made.texts, references, bleu_tokenizer)
     text = {"documents": tally.documents, "bytes": tally.bytes, "sha256": tally.sha256}
     how = {"num_beams": made.num_beams, "max_new_tokens": made.max_new_tokens, "cut_off": made.cut_off}
     return scores | how | {"text": text, "outputs": made.texts}
+
+
+def bleu_and_chrf(outputs: Sequence[str], references: Sequence[str], bleu_tokenizer: str = "auto") -> dict[str, Any]:
+    """`bleu` and `chrf` (0 to 100) of outputs by one reference each, with sacrebleu's signatures.
+
+    Args:
+        outputs: texts.
+        references: as many.
+        bleu_tokenizer: as of `score_outputs`.
+
+    Raises:
+        ValueError: when sacrebleu is not installed.
+    """
+    metrics = _sacrebleu()
+    words = _word_finder(references) if bleu_tokenizer == "auto" else bleu_tokenizer
+    scores: dict[str, Any] = {}
+    for name, metric in (("bleu", metrics.BLEU(tokenize=words)), ("chrf", metrics.CHRF())):
+        scores[name] = float(metric.corpus_score(list(outputs), [list(references)]).score)
+        scores[f"{name}_signature"] = str(metric.get_signature())
+    return scores
+
+
+def without_spaces(texts: Sequence[str]) -> bool:
+    """Whether texts are mostly in a script without spaces between words (Chinese, Japanese, Thai, ...)."""
+    return _word_finder(texts) != "13a"
 
 
 def _word_finder(references: Sequence[str]) -> str:

@@ -8,33 +8,42 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.data.objectives import IGNORE
 from pretrain.evaluation.text import Row
+from pretrain.ranks import Ranks
 
 Progress = Callable[[str, int, int], None]
 """Told now and then what is being scored, how many targets are done, and how many there are."""
 
 DEFAULT_BATCH_TOKENS = 8_192
+_SUMMED = 1 << 20  # values that processes add up at a time
 _CHUNK_BYTES = 1 << 26  # fp32 logits at a time
 _LOGITS_BYTES = 1 << 30  # fp32 logits of a whole batch, for models that give no choice
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How forward passes are run: where, in which precision (None: the weights' own), at most how many tokens each."""
+    """How forward passes are run: where, in which precision (None: the weights' own), at most how many tokens each.
+
+    `ranks` share the batches of one measure; all of them get all results. They make equally many forward passes, in
+    which sharded engines meet, and `progress` is called equally often on each.
+    """
 
     device: torch.device
     autocast: torch.dtype | None = None
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     progress: Progress | None = None
+    ranks: Ranks = field(default_factory=Ranks.alone)
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
@@ -117,6 +126,33 @@ def target_scores(model: nn.Module, inputs: Mapping[str, Tensor], targets: Tenso
     return torch.cat(losses), torch.cat(hits)
 
 
+def last_hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden states (B, L, hidden) of an encoder or decoder, whatever head it has.
+
+    The whole model is called, where sharded engines gather what they need, and its head sees one position alone.
+    """
+    inner: Any = bare(model)
+    if getattr(inner.config, "is_encoder_decoder", False):
+        states: Tensor = inner.get_encoder()(**inputs)[0]
+        return states
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
+    with torch.compiler.set_stance("force_eager"):
+        if inner.base_model is inner:
+            output: Any = model(**inputs, **extra)
+            states = output[0]
+            return states
+        kept: list[Any] = []
+        handle = inner.base_model.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+        try:
+            ids = inputs["input_ids"]
+            with _head_sees(inner, torch.zeros(1, dtype=torch.int64, device=ids.device), ids.numel()):
+                model(**inputs, **extra)
+        finally:
+            handle.remove()
+    states = kept[0][0]
+    return states
+
+
 # --- rows of text ---------------------------------------------------------------------------------------------------
 
 
@@ -131,26 +167,46 @@ def score_rows(
     losses, hits = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     total = sum(num_targets(row) for row in rows)
     done = 0
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    vocabulary = getattr(getattr(bare(model), "config", None), "vocab_size", None) or 1
     limit = min(passes.batch_tokens, _LOGITS_BYTES // (4 * vocabulary))
     with passes.of(model):
-        for members in _batches_by_length([len(row.input_ids) for row in rows], limit):
+        for members, counts, together in turns(batches_by_length([len(row.input_ids) for row in rows], limit), passes):
             inputs, targets = _collate([rows[member] for member in members], pad_id, needs_mask, passes.device)
             loss, right = target_scores(model, inputs, targets)
-            owners = np.repeat(members, [num_targets(rows[member]) for member in members])
-            np.add.at(losses, owners, loss.double().cpu().numpy())
-            np.add.at(hits, owners, right.cpu().numpy().astype(np.int64))
-            done += len(owners)
+            if counts:
+                owners = np.repeat(members, [num_targets(rows[member]) for member in members])
+                np.add.at(losses, owners, loss.double().cpu().numpy())
+                np.add.at(hits, owners, right.cpu().numpy().astype(np.int64))
+            done += sum(num_targets(rows[member]) for member in together)
             if passes.progress is not None:
                 passes.progress(stage, done, total)
-    return losses, hits
+    return summed(losses, passes.ranks), summed(hits, passes.ranks)
+
+
+def summed(values: npt.NDArray[Any], ranks: Ranks) -> npt.NDArray[Any]:
+    """The sum of an array over the processes, in its own type and shape."""
+    if ranks.world == 1:
+        return values
+    flat = values.ravel()
+    parts = [ranks.sum(flat[begin : begin + _SUMMED].tolist()) for begin in range(0, len(flat), _SUMMED)]
+    return np.array([value for part in parts for value in part], dtype=values.dtype).reshape(values.shape)
+
+
+def turns(batches: Iterator[list[int]], passes: Passes) -> Iterator[tuple[list[int], bool, list[int]]]:
+    """The batches of one process, whether each counts, and what all processes work on in that turn.
+
+    Where the last turn has fewer batches than processes, the rest repeat one of them without counting it.
+    """
+    while turn := list(islice(batches, passes.ranks.world)):
+        counts = passes.ranks.rank < len(turn)
+        yield turn[passes.ranks.rank if counts else 0], counts, [member for batch in turn for member in batch]
 
 
 def num_targets(row: Row) -> int:
     return int((row.targets != IGNORE).sum())
 
 
-def _batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Row numbers, longest first (memory is met at once, not at the end), at most `limit` padded tokens together."""
     order = sorted(range(len(lengths)), key=lambda member: -lengths[member])
     while order:
