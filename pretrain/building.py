@@ -34,6 +34,7 @@ from pretrain.models import (
 )
 from pretrain.runtime import set_seed
 from pretrain.stock_model import adapt
+from pretrain.trust import check_tokenizer
 
 _SPECIAL_TOKENS = 5  # about as many as a tokenizer adds to numbers or bytes
 
@@ -247,7 +248,8 @@ def _vocabulary(config: RunConfig) -> int:
         return int(read_manifest(own, "tokenizer").facts["vocab_size"])
     if tokenizer.from_ is not None:
         try:
-            return len(AutoTokenizer.from_pretrained(tokenizer.from_))
+            check_tokenizer(tokenizer.from_)
+            return len(AutoTokenizer.from_pretrained(tokenizer.from_, trust_remote_code=False))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"tokenizer.from: `{tokenizer.from_}` cannot be read ({str(error).splitlines()[0]}); for a plan give "

@@ -10,7 +10,7 @@ import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, StrictBool, model_serializer, model_validator
 
 from pretrain.config_types import Amount, OpenShare, Place, Positive, Section, Share, redacted
 
@@ -48,6 +48,15 @@ class Source(Section):
         None, description="at most this many passes over it; then the other sources share its weight"
     )
     encoding: Encoding | None = Field(None, description="of these files; default data.encoding")
+    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 .,+()/-]*$", max_length=100)] | None = Field(
+        None, description="of the text, for the model card: an SPDX or Hub identifier such as cc-by-sa-4.0"
+    )
+
+    @model_serializer(mode="wrap")
+    def _license_if_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As plain data, without a licence that is not given: what was made before there was the key stays the same."""
+        plain: dict[str, Any] = serialize(self)
+        return plain if self.license is not None else {key: plain[key] for key in plain if key != "license"}
 
 
 class Phase(Section):
@@ -233,6 +242,10 @@ class DataConfig(Section):
         for entry in self.validation if isinstance(self.validation, tuple) else ():
             if isinstance(entry, Source) and (entry.weight, entry.max_epochs) != (None, None):
                 raise ValueError(f"validation: weight and max_epochs of `{entry.name}` have no effect; remove them")
+            if isinstance(entry, Source) and entry.license is not None:
+                raise ValueError(
+                    f"validation: license of `{entry.name}` has no effect, as nothing is trained on it; remove it"
+                )
         return self
 
     @property
@@ -244,12 +257,15 @@ class DataConfig(Section):
 
     @property
     def text_sources(self) -> list[str | dict[str, Any]]:
-        """`train` as plain data that decides the text: without weight and `max_epochs`, which only share out rows."""
+        """`train` as plain data that decides the text: without weight and `max_epochs`, which only share out rows.
+
+        Nor with the licence, which is for people.
+        """
         plain: list[str | dict[str, Any]] = self.model_dump(mode="json", include={"train"})["train"]
         return [
             entry
             if isinstance(entry, str)
-            else {key: value for key, value in entry.items() if key not in ("weight", "max_epochs")}
+            else {key: value for key, value in entry.items() if key not in ("weight", "max_epochs", "license")}
             for entry in plain
         ]
 

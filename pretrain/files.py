@@ -345,7 +345,7 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
             if not isinstance(part, dict):
                 raise TypeError(f"{part!r} stands where entries by name should")
         for name in manifest.files:
-            if not _is_below(name):
+            if not is_below(name):
                 raise TypeError(f"{name!r} names no file below the directory")
     except FileNotFoundError:
         raise ArtifactError(f"`{directory}` holds no {kind}: {MANIFEST} is missing; make it first") from None
@@ -366,9 +366,27 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     return manifest
 
 
-def _is_below(name: str) -> bool:
+def is_below(name: str) -> bool:
     """Whether a name leads to a file below the directory it is taken in: a manifest may come from anywhere."""
     return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def check_inside(path: Path) -> None:
+    """Refuse a file that is a link to somewhere outside its directory: what it leads to is not what was given.
+
+    A snapshot of the Hub's cache, whose files are links to the blobs of its own repository, is inside.
+
+    Raises:
+        ArtifactError: names the link and where it leads.
+    """
+    if not path.is_symlink():
+        return
+    directory, target = path.parent.resolve(), path.resolve()
+    homes = [directory]
+    if directory.parent.name == "snapshots":
+        homes.append(directory.parent.parent / "blobs")
+    if not any(target.is_relative_to(home) for home in homes):
+        raise ArtifactError(f"`{path}` is a link that leads outside, to `{target}`; copy the file into the directory")
 
 
 def verify_manifest(directory: Path, manifest: Manifest) -> None:

@@ -61,9 +61,13 @@ def started_by_launcher() -> bool:
 def train_command(
     name: str, overrides: Sequence[str] = (), *, resume: str = "auto", allow_changes: Collection[str] = ()
 ) -> list[str]:
-    """What each process runs: this Python's `pretrain train`, with the arguments as they were given."""
+    """What each process runs: this Python's `pretrain train`, with the arguments as they were given.
+
+    With `-P`, modules in the working directory do not stand in for installed ones, as they do not for the command.
+    """
     allowed = [word for key in allow_changes for word in ("--allow-change", key)]
-    return [sys.executable, "-m", "pretrain", "train", name, *overrides, "--resume", resume, *allowed]
+    module = "-m" if Path(__file__).parent.parent == Path.cwd() else "-Pm"  # a checkout may not be installed
+    return [sys.executable, module, "pretrain", "train", name, *overrides, "--resume", resume, *allowed]
 
 
 def launch(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from pretrain.files import LateBytes, write_bytes, write_json, write_safetensors
+from pretrain.files import LateBytes, check_inside, write_bytes, write_json, write_safetensors
 from pretrain.interop import Rule, config_json
 from pretrain.interop.published import code_files, published_rules
 from pretrain.models import LoomConfig
@@ -158,7 +158,9 @@ def _write_configs(model: PreTrainedModel, stock_config: Any, directory: Path) -
         for file in code_files(stock_config):
             digests[file.name] = write_bytes(directory / file.name, file.read_bytes())
     if model.can_generate():
-        generation = GenerationConfig.from_model_config(stock_config)
+        own = model.generation_config
+        from_config = own is None or own._from_model_config
+        generation = GenerationConfig.from_model_config(stock_config) if from_config else own
         digests["generation_config.json"] = write_json(
             directory / "generation_config.json", json.loads(generation.to_json_string())
         )
@@ -166,10 +168,15 @@ def _write_configs(model: PreTrainedModel, stock_config: Any, directory: Path) -
 
 
 def copy_tokenizer(source: Path, directory: Path) -> dict[str, str]:
-    """Copy a tokenizer's files; return their SHA-256."""
+    """Copy a tokenizer's files; return their SHA-256.
+
+    Raises:
+        ArtifactError: when one is a link that leads outside: what lies there would go out with the model.
+    """
     digests: dict[str, str] = {}
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
+            check_inside(source / name)
             digests[name] = write_bytes(directory / name, (source / name).read_bytes())
     return digests
 

@@ -28,6 +28,7 @@ from pretrain.evaluation.loading import check_source, loading
 from pretrain.files import ArtifactError
 from pretrain.interop import HOMES, from_stock, from_stock_config
 from pretrain.models import LoomConfig, LoomPreTrainedModel, join_parts, model_class, model_from_config
+from pretrain.trust import check_model
 
 _OWN_CODE = "it carries code of its own, which is not run here; give a model of a stock architecture"
 _LOOM_SPARE = (r"^pooler\.", r"^seq_relationship\.")  # what stands beside a language-model head for pairs of sentences
@@ -68,6 +69,7 @@ def read_config(source: str | Path) -> PreTrainedConfig:
     """
     check_source(source)
     with loading(str(source), "model", own_code=_OWN_CODE):
+        check_model(source)
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return config
 
@@ -248,6 +250,7 @@ def _pretrained(
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pretrain.files import ArtifactError
 from pretrain.interop import Rule, rules_from_stock
 from pretrain.interop.published import joined_names
 from pretrain.model_dir import write_model, write_model_share
-from pretrain.model_reading import read_state
+from pretrain.model_reading import read_config, read_state
 from pretrain.models import LoomConfig
 
 
@@ -69,7 +69,7 @@ class PublishedStore:
                     "holds the full precision: put the whole one back"
                 )
         rules = [Rule(name, (name,)) for name in state]
-        config = AutoConfig.from_pretrained(directory)
+        config = read_config(directory)
         if isinstance(model.config, LoomConfig) and not isinstance(config, LoomConfig):
             _, rules = rules_from_stock(config, state)
         weights = _StoredWeights(state, rules)

@@ -16,8 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pretrain.card import write_card
 from pretrain.changes import STAGES, ChangedConfigError, changed_keys, check_allowed, refuse_changed
-from pretrain.config import BUDGETS, RunConfig, ScheduleConfig, config_to_dict, dump_config
+from pretrain.config import RunConfig, config_to_dict, dump_config
+from pretrain.config_loop import BUDGETS, ScheduleConfig
 from pretrain.continuing import gain_table, learnt_pieces
 from pretrain.data.batches import LoadedSplit
 from pretrain.data.loader import DataPlane
@@ -235,6 +237,7 @@ def _export(config: RunConfig, console: Console) -> None:
         replace=True,
         proof_file=config.directory / "report" / "logits.safetensors",
     )
+    write_card(out, config.directory)
     _write_manifest(config, "export", out, checkpoint)
     console.print(proof.describe(), highlight=False)
 
@@ -351,7 +354,7 @@ def dry_run(config: RunConfig, *, console: Console | None = None) -> None:
 def _trial(config: RunConfig, folder: Path) -> RunConfig:
     alone = {**dict.fromkeys(_OF_SEVERAL), "strategy": "auto"}
     train = config.train.model_copy(update={**dict.fromkeys(BUDGETS), "steps": 1, **alone})
-    evaluate = config.evaluate.model_copy(update={"max_tokens": config.train.batch_tokens})
+    evaluate = config.evaluate.model_copy(update={"max_tokens": config.train.batch_tokens, "measure_at": ()})
     log = config.log.model_copy(update={"to": ()})
     update = {
         "out": str(folder),

@@ -7,6 +7,7 @@ data, processes, or the loop.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import platform
 import random
@@ -20,6 +21,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+
+from pretrain import __version__
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -95,6 +98,13 @@ def describe_machine(device: torch.device) -> str:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def versions() -> dict[str, str]:
+    """What a number or a model was made with."""
+    names = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"pretrain": __version__, "python": platform.python_version(), **found}
 
 
 class StopSignals:

@@ -61,6 +61,7 @@ from pretrain.tokenization import (
 from pretrain.tokenization.extend import EXTENDED, extend_tokenizer
 from pretrain.tokenization.report import REPORT_BYTES
 from pretrain.tokenizer_text import first_bytes, split_of_file, text_files, training_documents
+from pretrain.trust import check_tokenizer
 
 KIND = "tokenizer"
 _CONFIG_FILE = "tokenizer_config.json"
@@ -195,7 +196,10 @@ def take_tokenizer(source: str, directory: Path, *, objective: str, kind: str | 
     if remote:
         take_artifact(source, directory, KIND)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory if remote else source)
+        check_tokenizer(directory if remote else source)
+        tokenizer = AutoTokenizer.from_pretrained(directory if remote else source, trust_remote_code=False)
+    except ArtifactError as error:
+        raise ValueError(f"tokenizer.from: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"tokenizer.from: `{redacted(source)}` cannot be loaded as a tokenizer: {error}") from error
     if not tokenizer.is_fast:
@@ -258,7 +262,7 @@ def _save(tokenizer: Any, directory: Path) -> None:
     written = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
     if written.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4.57 does not know
         written["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for key in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
+    for key in ("is_local", "local_files_only", "auto_map"):  # where it was loaded from, and code that does not come
         written.pop(key, None)
     for path in sorted(directory.iterdir()):  # written once more, flushed to the disk
         if path.name == _CONFIG_FILE:

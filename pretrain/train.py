@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from pretrain.building import build_model, check_attention, check_model
 from pretrain.changes import changes_at_resume, check_allowed
@@ -25,6 +25,11 @@ from pretrain.data.loader import DataPlane
 from pretrain.data.validation import ValidationData
 from pretrain.data.verification import verify_run
 from pretrain.evaluation.likelihood import evaluate_batches, share_of_batches
+from pretrain.evaluation.loading import Kind, LoadedModel
+from pretrain.evaluation.measures import Measure, Measures, default_window, score_names
+from pretrain.evaluation.passes import Passes, bare
+from pretrain.evaluation.samples import FILE as SAMPLES_FILE
+from pretrain.evaluation.samples import Sampler, keep_samples
 from pretrain.files import lock_directory, read_manifest, update_file
 from pretrain.interop.published import CODE
 from pretrain.models import (
@@ -36,6 +41,8 @@ from pretrain.models import (
 from pretrain.planning.facts import model_facts
 from pretrain.plugins import import_path
 from pretrain.published_store import PublishedStore
+from pretrain.publishing.background import FOLDER as PUBLISH_FOLDER
+from pretrain.publishing.background import Publisher, Target
 from pretrain.ranks import PATIENT_SECONDS
 from pretrain.runtime import EXIT_STOPPED, keep_freed_memory, resolve_precision
 from pretrain.stock_model import flops_per_token as stock_flops_per_token
@@ -83,14 +90,16 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
 
 
 def build_evaluators(config: RunConfig) -> dict[str, Evaluator]:
-    """One evaluator for each validation set, then those of `evaluate.evaluators` by import path."""
+    """One evaluator for each validation set, those of `evaluate.evaluators`, the samples, the measures."""
     evaluators: dict[str, Evaluator] = {}
     for split in DataPlane.validation_splits(config):
         evaluators[split] = _validation(DataPlane.validation(config, split), config)
     for path in config.evaluate.evaluators:
         name = path.partition(":")[2]
         evaluators[path if name in evaluators else name] = import_path(path)
-    return evaluators
+    if config.evaluate.samples:
+        evaluators["samples"] = _samples(config)
+    return evaluators | _measures(config)
 
 
 def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
@@ -106,6 +115,51 @@ def _validation(data: ValidationData, config: RunConfig) -> Evaluator:
         by_text = config.objective.kind == "causal" or config.objective.is_own  # each byte of it is predicted once
         num_bytes = rows.num_bytes if by_text else None
         return evaluate_batches(model, batches(), device=context.device, num_bytes=num_bytes, ranks=context.ranks)
+
+    return evaluator
+
+
+def _measures(config: RunConfig) -> dict[str, Evaluator]:
+    """What `evaluate` names beside validation sets, read now: a file that cannot be used ends no long training."""
+    if not config.evaluate.has_measures:
+        return {}
+    directory = str(config.directory / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    kind: Kind = {"mlm": "mlm", "causal": "causal"}.get(config.objective.kind, "vectors")  # type: ignore[assignment]
+    measures = Measures.read(config.evaluate, standard_errors=False)
+
+    def evaluator_of(measure: Measure) -> Evaluator:
+        def evaluator(model: nn.Module, context: EvaluationContext) -> Mapping[str, float]:
+            def look(*_: Any) -> None:
+                if context.stopping():
+                    raise EvaluationStopped
+
+            if not config.evaluate.measures_at(context.step, context.total_steps):
+                return {}
+            live = LoadedModel(model, tokenizer, kind, config.name, directory, context.device)
+            passes = Passes(context.device, progress=look, ranks=context.ranks)
+            found = measure.score(live, passes, default_window(live))
+            if measure.kind != "tasks":
+                return score_names(found)
+            return {f"{task}/{name}": value for task in found for name, value in score_names(found[task]).items()}
+
+        return evaluator
+
+    return {measure.label: evaluator_of(measure) for measure in measures.all}
+
+
+def _samples(config: RunConfig) -> Evaluator:
+    """No scores: what the model makes of the prompts goes to `samples.jsonl`."""
+    sampler: Sampler | None = None
+
+    def evaluator(model: nn.Module, context: EvaluationContext) -> Mapping[str, float]:
+        nonlocal sampler
+        sampler = sampler or Sampler(config, bare(model), context.device)
+        samples = sampler.samples(model, context.stopping)
+        if samples is not None and context.ranks.main:
+            with suppress(OSError):  # a full disk must not end the training
+                keep_samples(context.directory / SAMPLES_FILE, context.step, samples)
+        return {}
 
     return evaluator
 
@@ -225,13 +279,44 @@ def train(
             # The digests of all shards may take long; the others wait for that as they would for nothing else.
             job.ranks.another_group(timeout=PATIENT_SECONDS).on_main(look)
             trainer = build_trainer(config, console=console, job=job)
+            publisher = publisher_of(config, console) if job.ranks.main else None
+            if publisher is not None:
+                trainer.saver.publisher = publisher
+                owned.callback(publisher.close)
+                publisher.start()
             result = trainer.train(allow_changes=allow_changes)
-            code: int = job.ranks.on_main(lambda: report(result, directory, console))
+            facts = spent_on(trainer, result)
+            code: int = job.ranks.on_main(lambda: report(result, directory, console, facts))
+            if publisher is not None:
+                publisher.finished = result.finished
         return code
 
 
-def report(result: Result, directory: Path, console: Console) -> int:
-    """Say how training ended, write `result.json`, and give the exit code."""
+def publisher_of(config: RunConfig, console: Console) -> Publisher | None:
+    """What pushes the checkpoints of a run to a Hub, where the configuration asks for it."""
+    wanted = config.checkpoint.publish
+    if wanted is None:
+        return None
+
+    def say(line: str) -> None:
+        with suppress(OSError):  # the log may lie on a disk that is full
+            console.print(line, highlight=False, markup=False)
+
+    spool = config.directory / "train" / PUBLISH_FOLDER
+    return Publisher(spool, Target(wanted.to, wanted.private), wanted.every, wanted.wait, say)
+
+
+def spent_on(trainer: Trainer, result: Result) -> dict[str, Any]:
+    """How often a run read its text, and what a token cost: facts for the model card."""
+    data, samples = trainer.data, result.progress.samples
+    epochs: dict[str, float] = {}
+    if isinstance(data, DataPlane):
+        epochs = {"": samples / data.num_rows} if data.mixture is None else data.mixture.epochs(samples)
+    return {"flops_per_token": trainer.flops_per_token, "epochs": epochs}
+
+
+def report(result: Result, directory: Path, console: Console, facts: Mapping[str, Any] | None = None) -> int:
+    """Say how training ended, write `result.json` with further `facts`, and give the exit code."""
     progress = result.progress
     if not result.finished:
         console.print(
@@ -251,6 +336,7 @@ def report(result: Result, directory: Path, console: Console) -> int:
         "checkpoint": result.checkpoint.name,
         "run_id": progress.run_id,
         "skipped": progress.guard.skipped,
+        **(facts or {}),
     }
     if progress.changes:
         summary["changes"] = progress.changes

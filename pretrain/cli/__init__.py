@@ -1,6 +1,6 @@
 """The command line: one command a verb, in rooms by what they do."""
 
-# ruff: noqa: I001 (the order of the rooms is that of the help)
+# ruff: noqa: I001 (each room adds its commands, and their order is that of the help)
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from pretrain import __version__
-from pretrain.cli import running, looking, models  # noqa: F401 (each adds its commands, in this order)
+from pretrain.cli import running, looking, reporting, scoring, tuning, models, cards, publishing  # noqa: F401
 from pretrain.cli.options import app, end, rank_of_process
 from pretrain.config import json_schema
 from pretrain.files import write_bytes

@@ -1,4 +1,4 @@
-"""Commands that take a model directory: score it, ask it, look into it, write it in another form."""
+"""Commands that take a model directory: ask it, look into it, write it in another form."""
 
 from __future__ import annotations
 
@@ -10,57 +10,6 @@ import typer
 from rich.console import Console
 
 from pretrain.cli.options import Device, ModelDirectory, ModelName, Tokenizer, TrustCode, app, console
-
-
-@app.command()
-def evaluate(
-    model: ModelName,
-    data: Annotated[list[str], typer.Argument(metavar="TEXT...", help="files, globs, directories, python-stdlib")],
-    kind: Annotated[str, typer.Option(help="auto, causal, mlm or seq2seq")] = "auto",
-    text_field: Annotated[str, typer.Option(help="the field with the text; INPUT,REFERENCE of pairs")] = "text",
-    document: Annotated[str, typer.Option(help="auto, row, file, line or paragraph")] = "auto",
-    context: Annotated[int | None, typer.Option(help="tokens; default: the model's, at most 1024")] = None,
-    stride: Annotated[int | None, typer.Option(help="causal: sliding context, new tokens a window")] = None,
-    num_beams: Annotated[int | None, typer.Option(help="encoder-decoder: as of `pretrain generate`")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="encoder-decoder: of an output; default 100")] = None,
-    bleu_tokenizer: Annotated[str, typer.Option(help="encoder-decoder: auto, 13a, intl, zh, char or none")] = "auto",
-    max_bytes: Annotated[int | None, typer.Option(help="use about this much text; default: all of it")] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "fp32",
-    pseudo_perplexity: Annotated[int, typer.Option(help="masked: over this many sentences; 0 for none")] = 100,
-    tokenizer: Tokenizer = None,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
-    output: Annotated[Path | None, typer.Option(help="write the scores as JSON here")] = None,
-) -> None:
-    """Score any Hugging Face model on text: bits per byte, masked accuracy, or BLEU of outputs for pairs."""
-    from pretrain.evaluate import evaluate_model, show_scores
-
-    scores = evaluate_model(
-        model,
-        data,
-        kind=kind,
-        text_field=_fields(text_field),
-        document=document,
-        context=context,
-        stride=stride,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        bleu_tokenizer=bleu_tokenizer,
-        max_bytes=max_bytes,
-        precision=precision,
-        pseudo_perplexity=pseudo_perplexity,
-        tokenizer=tokenizer,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        out=output,
-        console=console(),
-    )
-    show_scores(scores, Console(soft_wrap=True))
-
-
-def _fields(text_field: str) -> str | tuple[str, str]:
-    source, comma, target = text_field.partition(",")
-    return (source, target) if comma else text_field
 
 
 @app.command()
@@ -152,10 +101,14 @@ def export(
     code: Annotated[bool, typer.Option("--code", help="our own form with its code, which holds any shape")] = False,
 ) -> None:
     """Write a model for publishing, and prove that stock transformers computes the same logits."""
+    from pretrain.card import write_card
+    from pretrain.cards.facts import origin_of
     from pretrain.export import export_model
 
     proof = export_model(checkpoint, out, dtype=dtype, max_shard_bytes=max_shard_bytes, code=code)
     console().print(proof.describe())
+    run, made_from = origin_of(checkpoint)
+    write_card(out, run, checkpoint=made_from)
 
 
 @app.command(name="import")

@@ -374,8 +374,8 @@ def read_plan(directory: Path, spec: PackingSpec) -> PackingPlan:
         ArtifactError: when it is missing or incomplete.
     """
     manifest = read_manifest(directory, "packing")
-    rows = np.load(directory / "rows.npy", mmap_mode="r").view(np.ndarray)
-    pieces = np.load(directory / "pieces.npy", mmap_mode="r").view(np.ndarray)
+    rows = np.load(directory / "rows.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    pieces = np.load(directory / "pieces.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
     if len(rows) - 1 != manifest.facts["rows"] or len(pieces) != manifest.facts["pieces"]:
         raise ArtifactError(f"`{directory}` does not fit its manifest; remove it, and it is planned again")
     return PackingPlan(spec, rows, pieces, manifest.facts.get("left_out", 0))

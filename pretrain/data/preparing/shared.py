@@ -23,6 +23,7 @@ from pretrain.files import (
     MANIFEST,
     ArtifactError,
     Manifest,
+    check_inside,
     commit_directory,
     read_manifest,
     sha256_file,
@@ -131,6 +132,7 @@ def _source(place: str, name: str) -> Path:
 
 
 def _take(source: Path, target: Path, digest: str, name: str) -> None:
+    check_inside(source)
     try:
         try:
             os.link(source, target)

@@ -21,7 +21,7 @@ from pretrain.config_data import Source
 from pretrain.config_types import redacted
 from pretrain.data.reading import remote
 from pretrain.data.reading.embedded import EMBEDDED, STDLIB, stdlib_corpus
-from pretrain.files import ArtifactError, read_manifest, sha256_file
+from pretrain.files import ArtifactError, is_below, read_manifest, sha256_file
 
 HUB_PREFIX = "hub:"
 _FORMATS = {
@@ -145,6 +145,8 @@ def _resolve(entry: str, source: str, key: str) -> list[SourceFile]:
             for name, path in EMBEDDED[entry]()
         ]
     if entry.startswith(HUB_PREFIX):
+        if not is_below(entry.removeprefix(HUB_PREFIX).partition(":")[0]):
+            raise ValueError(f"{key}: `{entry}` is no name on the Hub; a directory is named without `{HUB_PREFIX}`")
         return [SourceFile(entry, entry.removeprefix(HUB_PREFIX), "hub", 0, None, entry, source)]
     if remote.is_url(entry):
         return _remote_files(entry, source, key)
