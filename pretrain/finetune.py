@@ -38,7 +38,15 @@ from pretrain.tasks import bag_of_words, make_task
 from pretrain.tasks.adapters import AdapterStore, add_adapters, check_choice, digest_of, read_adapted, write_merged
 from pretrain.tasks.base import Evaluated, Task
 from pretrain.tasks.examples import Example, TaskData
-from pretrain.tasks.heads import check_length, install, is_causal, read_model, read_tokenizer, read_tuned
+from pretrain.tasks.heads import (
+    check_length,
+    install,
+    is_causal,
+    prepare_passes,
+    read_model,
+    read_tokenizer,
+    read_tuned,
+)
 from pretrain.tasks.reading import Parts, Row, read_parts
 from pretrain.training import checkpoint
 from pretrain.training.engines.job import Job, open_job
@@ -177,6 +185,7 @@ class _Seed:
         ranks.on_main(self._write_tokenizer)
         model, new = read_model(config.model, self.task, config.train.seed, trust_remote_code=self.trust_remote_code)
         check_length(model, config.row_tokens, str(config.model.from_))
+        prepare_passes(model, config.train)
         install(model, self.task)
         if config.model.adapters is not None:
             model = add_adapters(model, new, config.model.adapters, config.train.seed)
@@ -215,8 +224,11 @@ class _Seed:
                 if context.ranks.world == 1 and context.stopping():
                     raise EvaluationStopped
 
-            return task.evaluate(live, *rows.of(VALIDATION), context.device, context.ranks, look).scores
+            scores = task.evaluate(live, *rows.of(VALIDATION), context.device, context.ranks, look).scores
+            judge({f"{VALIDATION}/{name}": score for name, score in scores.items()})  # a wrong metric, at step 0
+            return scores
 
+        judge = judge_of(task)
         compute = torch.bfloat16 if self.job.precision == "bf16" else torch.float32
         return Trainer(
             config,
@@ -225,7 +237,7 @@ class _Seed:
             optimizer=build_optimizer(model, config.optimizer, compute_dtype=compute),
             store=self._store(),
             evaluators={VALIDATION: validate},
-            judge=judge_of(task),
+            judge=judge,
             patience=config.evaluate.patience,
             console=self.console,
             job=self.job,

@@ -86,7 +86,7 @@ DOORS = {
     "deepspeed": ("training/engines/",),
     "wandb": ("training/metrics.py",),
     "trackio": ("training/metrics.py",),
-    "datasets": ("data/reading/documents.py", "data/reading/sources.py", "tasks/reading.py"),
+    "datasets": ("data/reading/documents.py", "data/reading/sources.py"),
     "datatrove": ("data/preparing/", "data/keeping/"),
     "fsspec": ("data/reading/remote.py", "stores.py"),
     "huggingface_hub": ("publishing/", "cards/", "interop/"),  # interop: an error class of transformers

@@ -164,6 +164,7 @@ def test_new_weights_are_those_of_the_shape_alone(model: Path, tuning: Callable[
         (["task.metric=f2"], "there is no score `f2`; there are"),
         (["task.label=nothing"], "there is no column `nothing`"),
         (["model.classifier_pooling=mean"], "model.classifier_pooling: bert"),
+        (["train.attention=flex"], "train.attention: "),
         (["task.text_pair=label2"], "there is no column `label2`"),
     ],
 )

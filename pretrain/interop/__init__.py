@@ -190,6 +190,8 @@ def config_json(stock: PreTrainedConfig) -> dict[str, Any]:
     elif stock.model_type == "t5":
         # Version 4 reads from this key whether the head is tied and its input scaled; version 5 holds it at true.
         entries["tie_word_embeddings"] = bool(getattr(stock, "scale_decoder_outputs", True))
+    elif stock.model_type == "gpt2":
+        entries["n_ctx"] = stock.n_positions  # transformers reads it no more; llama.cpp's converter reads nothing else
     elif isinstance(rope, dict) and "rope_theta" in rope:
         entries["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.generic import ModelOutput
 
 import pretrain.models  # noqa: F401 (registers the Loom classes with the Auto classes)
+from pretrain.config_loop import LoopTrainConfig
 from pretrain.config_task import TunedModel
 from pretrain.evaluation.loading import check_source, kind_of_model, loading
 from pretrain.files import ArtifactError
@@ -171,6 +172,23 @@ def check_length(model: Any, wanted: int, source: str) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < wanted:
         raise ValueError(f"task.max_length: {wanted} is longer than the {positions} positions of `{source}`; lower it")
+
+
+def prepare_passes(model: Any, train: LoopTrainConfig) -> None:
+    """Take the attention backend and the checkpointing of activations that the configuration asks for.
+
+    Raises:
+        ValueError: when the class does not have them.
+    """
+    try:
+        if train.attention != "auto":
+            model.set_attn_implementation(train.attention)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"train.attention: {error}") from error
+    if train.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"train.gradient_checkpointing: {type(model).__name__} has none; set it to false")
+        model.gradient_checkpointing_enable()
 
 
 def install(model: Any, task: Task) -> None:

@@ -164,7 +164,11 @@ class Instructions(WritingTask):
         """
         if self.marked:
             made = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                list(messages),
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
             )
             ids, learnt = list(made["input_ids"]), np.array(made["assistant_masks"], dtype=bool)
         else:
@@ -206,7 +210,9 @@ class Instructions(WritingTask):
         if not answers or not answers[-1]:
             return {}
         before = list(messages[: answers[-1]])
-        made = self.tokenizer.apply_chat_template(before, tokenize=True, return_dict=True, add_generation_prompt=True)
+        made = self.tokenizer.apply_chat_template(
+            before, tokenize=True, return_dict=True, add_generation_prompt=True, tokenizer_kwargs={"verbose": False}
+        )
         return {"prompt": list(made["input_ids"]), "messages": before, "answer": messages[answers[-1]]["content"]}
 
     # --- scores ------------------------------------------------------------------------------------------------------

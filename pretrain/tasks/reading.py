@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from pretrain.config_task import Column, HeldOut, TaskSection
+from pretrain.data.reading.documents import load_hub
 from pretrain.data.reading.sources import HUB_PREFIX, SourceFile
 from pretrain.data.reading.streams import open_bytes
+from pretrain.files import is_below
 
 PARTS = ("train", "validation", "test")
 
@@ -308,19 +310,10 @@ def _parquet(path: str) -> Iterator[Row]:
 
 def _hub(entry: str, key: str) -> list[Row]:
     """`hub:NAME[/CONFIG][:SPLIT]` or `hub:ORG/NAME[/CONFIG][:SPLIT]`; label numbers become the dataset's own names."""
-    datasets: Any = importlib.import_module("datasets")
-    name, _, split = entry.removeprefix(HUB_PREFIX).partition(":")
-    parts = name.split("/")
-    where = "/".join(parts[:2])
-    config = "/".join(parts[2:]) or None
-    try:
-        found = datasets.load_dataset(where, config, split=split or "train")
-    except (OSError, ValueError, RuntimeError, ConnectionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{key}: `{entry}` cannot be loaded ({reason}); check the name (hub:ORG/NAME/CONFIG:SPLIT), or that the "
-            "Hub can be reached from here (HF_HUB_OFFLINE, HF_TOKEN), or give files"
-        ) from error
+    name = entry.removeprefix(HUB_PREFIX)
+    if not is_below(name.partition(":")[0]):
+        raise ValueError(f"{key}: `{entry}` is no name on the Hub; write hub:ORG/NAME or hub:ORG/NAME/CONFIG:SPLIT")
+    found = load_hub(name, f"{key}: `{entry}`")
     named = {column: _label_names(feature) for column, feature in found.features.items()}
     rows = []
     for number, values in enumerate(found):

@@ -42,7 +42,6 @@ LISTED: dict[str, dict[str, str]] = {
     "cached_file": {"trust.py": "the guard's own: JSON alone"},
     "load_dataset": {
         "data/reading/documents.py": "datasets runs no script; names on the Hub alone",
-        "tasks/reading.py": "as above",
     },
     "import_path": {
         "data/objectives/registry.py": "the user's own function, by objective.kind",

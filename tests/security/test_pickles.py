@@ -24,7 +24,7 @@ from pretrain.building import build_model
 from pretrain.config import load_config
 from pretrain.data.packing import read_plan
 from pretrain.data.preparing.unfinished import load_array
-from pretrain.data.reading.documents import _load_hub, read_documents
+from pretrain.data.reading.documents import load_hub, read_documents
 from pretrain.data.reading.sources import resolve_sources
 from pretrain.data.reading.token_files import token_ranges
 from pretrain.evaluation.loading import load_model
@@ -323,7 +323,7 @@ def test_datasets_run_no_script_and_no_pickle_in_an_archive(tmp_path: Path, mark
         (file,) = resolve_sources([f"hub:{tmp_path.name}/{place.name}"])
         for how in ({}, {"streaming": True}):
             with pytest.raises((*REFUSED, RuntimeError, pickle.UnpicklingError)):
-                list(_load_hub(file, **how))
+                list(load_hub(file.path, file.name, **how))
             assert not marker.made(), place
 
 

@@ -367,15 +367,15 @@ def _column_rows(
 
 @lru_cache(maxsize=8)
 def _hub_dataset(file: SourceFile) -> Any:
-    return _load_hub(file)
+    return load_hub(file.path, f"data.train or data.validation: `{file.name}`")
 
 
 def _hub_stream(file: SourceFile) -> Iterator[dict[str, Any]]:
-    return iter(_load_hub(file, streaming=True))
+    return iter(load_hub(file.path, f"data.train or data.validation: `{file.name}`", streaming=True))
 
 
-def _load_hub(file: SourceFile, **how: bool) -> Any:
-    """`hub:NAME[/CONFIG]` or `hub:ORG/NAME[/CONFIG]`, each with `:SPLIT` behind it where it is not train.
+def load_hub(entry: str, what: str, **how: bool) -> Any:
+    """NAME[/CONFIG] or ORG/NAME[/CONFIG] on the Hub, each with `:SPLIT` behind it where it is not train.
 
     Two parts are ORG/NAME where there is such a dataset, else NAME/CONFIG.
 
@@ -384,7 +384,7 @@ def _load_hub(file: SourceFile, **how: bool) -> Any:
     """
     from datasets import load_dataset
 
-    path, _, split = file.path.partition(":")
+    path, _, split = entry.partition(":")
     parts = path.split("/")
     readings = [("/".join(parts[:2]), "/".join(parts[2:]) or None)]
     if len(parts) == 2:
@@ -398,7 +398,7 @@ def _load_hub(file: SourceFile, **how: bool) -> Any:
             if isinstance(error, ValueError):
                 break  # the dataset is there
     raise ValueError(
-        f"data.train or data.validation: `{file.name}` cannot be loaded ({'; '.join(problems)}); check the name, the "
+        f"{what} cannot be loaded ({'; '.join(problems)}); check the name, the "
         "configuration and the split, and, for a dataset that is not in the cache, the connection and HF_HUB_OFFLINE; "
         "or download it elsewhere and give its files"
     )
