@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from pretrain.cli import app
 from pretrain.config import load_config
+from pretrain.config_task import load_tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tokenizer" / "README.md", *(ROOT / "docs").rglob("*.md")]
@@ -34,7 +35,8 @@ def test_every_command_parses(page: Path, line: str) -> None:
     command = group.commands[words[0]]
     context = command.make_context(words[0], words[1:])
     if "config" in context.params:
-        load_config(context.params["config"], context.params["overrides"] or [])
+        load = load_tuning if words[0] == "finetune" else load_config
+        load(context.params["config"], context.params["overrides"] or [])
 
 
 def test_there_are_commands() -> None:
