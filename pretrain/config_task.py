@@ -27,6 +27,7 @@ from pretrain.config_types import Interval, OpenShare, Place, Positive, Section,
 
 Format = Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "conll", "conllu", "squad"]
 Column = str | int
+Columns = Column | tuple[Column, ...]
 
 
 class HeldOut(Section):
@@ -60,8 +61,8 @@ class TaskSection(Section):
 class LabelledSentences(TaskSection):
     """Inputs of one text or two."""
 
-    text: Column = "text"
-    text_pair: Column | None = Field(None, description="the column of the second text")
+    text: Columns = Field("text", description="the column, or columns that are joined")
+    text_pair: Columns | None = Field(None, description="the same, of the second text")
     label: Column = "label"
 
 
@@ -107,8 +108,8 @@ class MultipleChoiceTask(TaskSection):
     """Which of several endings fits."""
 
     kind: Literal["multiple-choice"]
-    question: Column | tuple[Column, ...] = Field("question", description="the column, or columns that are joined")
-    choices: Column | tuple[Column, ...] = Field("choices", description="a column of lists, or a column each")
+    question: Columns = Field("question", description="the column, or columns that are joined")
+    choices: Columns = Field("choices", description="a column of lists, or a column each")
     label: Column = Field("label", description="number of the right choice, from 0, or its letter or text")
 
 

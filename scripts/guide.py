@@ -29,11 +29,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain.config_text import dump_yaml, parse_yaml
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIGURED = ("run", "tokenizer", "prepare", "train", "inspect", "plan", "data", "finetune")
 """Commands that read a configuration and take overrides of it."""
 SMALL = {

@@ -96,9 +96,7 @@ def write_sample(folder: Path) -> None:
     write_lines(folder / "domain" / "builtins.jsonl", documents_of_builtins())
     write_lines(folder / "chat" / "train.jsonl", conversations())
     found = list(dict.fromkeys(one for name in names for one in sentences(topics[name])))
-    labelled = [
-        (swapped(one, number), "swapped") if number % 2 else (one, "right") for number, one in enumerate(found)
-    ]
+    labelled = [(swapped(one, number), "swapped") if number % 2 else (one, "right") for number, one in enumerate(found)]
     (folder / "sentences").mkdir(exist_ok=True)
     cut = len(labelled) * 4 // 5
     write_table(folder / "sentences" / "train.csv", ("text", "label"), labelled[:cut])

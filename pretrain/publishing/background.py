@@ -246,7 +246,7 @@ class Publisher:
         self._started = now
         replace_file(self.spool / TARGET, (json.dumps(asdict(self.target)) + "\n").encode())
         with (self.spool / SAID).open("wb") as said:
-            self._process = _begin([sys.executable, "-m", _MODULE, str(self.spool.resolve())], said)
+            self._process = _begin([sys.executable, "-Pm", _MODULE, str(self.spool.resolve())], said)
 
     def _wait(self, deadline: float) -> None:
         if self._process is not None:

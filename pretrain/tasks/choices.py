@@ -108,12 +108,11 @@ class Choices(Task):
 
         So each row is one target, and the loss knows which scores are of choices and which of padding.
         """
-        asked = self.section.question if isinstance(self.section.question, tuple) else (self.section.question,)
         pads = self.padding()
         examples = []
         for place, row in enumerate(rows):
             texts, right = self._row(row)
-            question = " ".join(row.text(column).strip() for column in asked)
+            question = row.text(self.section.question).strip()
             made = [
                 Example(
                     encoded(self.tokenizer, question, text, self.section.max_length, parted=self.parted), np.array(0), 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pretrain.config_task import Column, HeldOut, TaskSection
+from pretrain.config_task import Column, Columns, HeldOut, TaskSection
 from pretrain.data.reading.documents import load_hub
 from pretrain.data.reading.sources import HUB_PREFIX, SourceFile
 from pretrain.data.reading.streams import open_bytes
@@ -60,12 +60,14 @@ class Row:
             known = ", ".join(f"`{name}`" for name in self.values)
             raise ValueError(f"{self.where}: there is no column `{column}`; there are {known}") from None
 
-    def text(self, column: Column) -> str:
-        """A column that must hold a text.
+    def text(self, column: Columns) -> str:
+        """A column that must hold a text; several are joined by spaces.
 
         Raises:
             ValueError: when it holds something else.
         """
+        if isinstance(column, tuple):
+            return " ".join(self.text(one).strip() for one in column)
         value = self[column]
         if not isinstance(value, str):
             raise ValueError(f"{self.where}: column `{column}` holds {value!r}, and a text is needed")

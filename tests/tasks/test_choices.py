@@ -170,7 +170,7 @@ def test_rows_that_cannot_be_meant_are_refused_by_their_place() -> None:
             task_of(wordpiece(), [Row({"question": "q", "choices": choices, "label": 0}, "x")])
 
 
-@pytest.mark.parametrize("name", ["copa", "record"])
+@pytest.mark.parametrize("name", ["superglue-copa", "superglue-record"])
 def test_shipped_tasks_are_read(name: str) -> None:
     assert load_tuning(name).task.kind == "multiple-choice"
 

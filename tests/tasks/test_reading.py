@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import validated
-from pretrain.config_task import TaskConfig, TuningConfig
+from pretrain.config_task import TaskConfig, TuningConfig, load_tuning
 from pretrain.tasks.reading import read_parts
 
 
@@ -143,6 +144,56 @@ def test_parts_held_out(tmp_path_factory: pytest.TempPathFactory, count: int, fr
     whole, fewer = split(lines), split(lines[::-1][: count * 3 // 4])
     if whole and fewer:
         assert {text: whole[text] for text in fewer} == fewer
+
+
+def test_a_hub_dataset_has_its_labels_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers become the dataset's own names, in lists too; what is not told (-1) stays a number."""
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "tags": datasets.List(datasets.ClassLabel(names=["O", "B-x"])),
+        }
+    )
+    made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], [1]]}, features=features)
+    asked: list[Any] = []
+
+    def load(*names: Any, **keys: Any) -> Any:
+        asked.append((names, keys))
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    parts = read_parts(task(train=["hub:nyu-mll/glue/rte"], validation=["hub:nyu-mll/glue/rte:validation"]))
+    assert [dict(row.values) for row in parts.train] == [
+        {"text": "a", "label": "yes", "tags": ["O", "B-x"]},
+        {"text": "b", "label": -1, "tags": ["B-x"]},
+    ]
+    assert asked == [(("nyu-mll/glue", "rte"), {"split": name}) for name in ("train", "validation")]
+    with pytest.raises(ValueError, match="is no name on the Hub"):
+        read_parts(task(train=["hub:../somewhere"]))
+
+
+def test_columns_are_joined(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("word\ttext\tlabel\nbank\ta river bank\t1\n")
+    row = read_parts(task(train=["a.tsv"], validation=["a.tsv"], root=str(tmp_path))).train[0]
+    assert row.text(("word", "text")) == "bank a river bank"
+
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs" / "tasks").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tasks_are_found_by_name(path: Path) -> None:
+    config = load_tuning(path.stem)
+    assert config.name == path.stem
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_every_task_of_glue_and_superglue_is_there() -> None:
+    glue = {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
+    superglue = {"boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"}
+    wanted = {f"glue-{name}" for name in glue} | {f"superglue-{name}" for name in superglue}
+    assert wanted <= {path.stem for path in SHIPPED}
 
 
 def test_repeated_rows_are_counted_and_a_limit_takes_the_same_rows(tmp_path: Path) -> None:
