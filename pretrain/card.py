@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pretrain.cards import of_run, sections
+from pretrain.cards import of_run, of_tuning, sections
 from pretrain.cards.curve import FILE as CURVE
 from pretrain.cards.curve import draw_curve
 from pretrain.cards.facts import Facts, gather
 from pretrain.cards.loading import PLACE
 from pretrain.cards.metadata import evaluation_files, metadata
 from pretrain.cards.scores import read_scores
+from pretrain.cards.tuned import read_tuning, refuse_another_model
 from pretrain.cards.words import cell
 from pretrain.files import (
     MANIFEST,
@@ -37,6 +39,7 @@ def write_card(
     run: Path | None = None,
     *,
     checkpoint: Path | None = None,
+    result: Mapping[str, Any] | None = None,
     repository: str | None = None,
     license: str | None = None,
     languages: Sequence[str] = (),
@@ -49,8 +52,10 @@ def write_card(
 
     Args:
         directory: a Hugging Face model directory; the files are written into it.
-        run: the run directory that it comes from; None: the card says what the directory alone tells.
+        run: the directory of the pretraining or fine-tuning that it comes from; None: the card says what the model's
+            directory alone tells.
         checkpoint: the checkpoint of the run that it is; None: the end of the run.
+        result: what `result.json` of a fine-tuning will hold, when that is not written yet.
         repository: its name on the Hub, by which the card's lines load it.
         license: of the model, in place of the run's `export.license`.
         languages: of its text, in place of the run's `export.language`.
@@ -68,12 +73,16 @@ def write_card(
     path = directory / CARD
     if path.exists() and not overwrite:
         raise ArtifactError(f"`{path}` is there already; --overwrite makes it anew, and what was written is lost")
-    if run is not None:
+    tuning = None if run is None else read_tuning(run, result)
+    if run is not None and tuning is None:
         _refuse_another(directory, run, checkpoint)
+    elif run is not None and tuning is not None and result is None:
+        refuse_another_model(directory, run, tuning)
     facts = gather(
         directory,
         run,
         checkpoint=checkpoint,
+        tuning=tuning,
         repository=repository,
         license=license,
         languages=languages,
@@ -96,7 +105,14 @@ def write_card(
 
 def card_text(facts: Facts, curve: str | None = None) -> str:
     """The whole card; `curve` names the picture beside it. Sections that have nothing to say are left out."""
-    parts = {
+    parts = _of_tuning(facts) if facts.tuning is not None else _of_run(facts, curve)
+    body = [f"# {cell(facts.title)}", sections.summary(facts)]
+    body += [f"## {title}\n\n{text}" for title, text in parts.items() if text]
+    return f"---\n{metadata(facts)}\n---\n\n" + "\n\n".join(body) + "\n"
+
+
+def _of_run(facts: Facts, curve: str | None) -> dict[str, str]:
+    return {
         "Use": sections.use(facts),
         "Limits": sections.limits(facts),
         "Data": of_run.data(facts),
@@ -108,9 +124,21 @@ def card_text(facts: Facts, curve: str | None = None) -> str:
         "Versions": of_run.versions(facts),
         "Citation": sections.citation(facts),
     }
-    body = [f"# {cell(facts.title)}", sections.summary(facts)]
-    body += [f"## {title}\n\n{text}" for title, text in parts.items() if text]
-    return f"---\n{metadata(facts)}\n---\n\n" + "\n\n".join(body) + "\n"
+
+
+def _of_tuning(facts: Facts) -> dict[str, str]:
+    return {
+        "Use": of_tuning.use(facts),
+        "Limits": of_tuning.limits(facts),
+        "Task": of_tuning.task(facts),
+        "Data": of_tuning.data(facts),
+        "Tokenizer": sections.tokenizer(facts),
+        "Architecture": sections.architecture(facts),
+        "Recipe": of_tuning.recipe(facts),
+        "Scores": of_tuning.scores(facts),
+        "Versions": of_tuning.versions(facts),
+        "Citation": sections.citation(facts),
+    }
 
 
 def readdressed(card: str, repository: str) -> str:

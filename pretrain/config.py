@@ -428,11 +428,11 @@ def _only_effective(tokenizer: dict[str, Any], *, from_: str | None) -> dict[str
     return learning or {key: value for key, value in tokenizer.items() if key not in ("from", "extend")}
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a run configuration, for editors."""
-    schema = RunConfig.model_json_schema(by_alias=True)
+def json_schema(kind: type[LoopConfig] = RunConfig) -> dict[str, Any]:
+    """The JSON schema of a configuration, for editors."""
+    schema = kind.model_json_schema(by_alias=True)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "pretrain run configuration"
+    schema["title"] = f"pretrain {'run' if kind is RunConfig else 'task'} configuration"
     return schema
 
 

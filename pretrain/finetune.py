@@ -5,7 +5,7 @@ must not: what a task is (`tasks`), or the loop.
 
     OUT/NAME/
         seed-0/ seed-1/ ...    a run each: train/ with checkpoints and metrics, result.json, predictions-test.jsonl
-        model/                 the best model by its validation score, as its users load it
+        model/                 the best model by its validation score, as its users load it, with its card
         result.json            every seed's scores, their median and spread
 """
 
@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from pretrain.card import write_card
 from pretrain.changes import check_allowed
 from pretrain.config_task import TuningConfig
 from pretrain.export import model_directory
 from pretrain.files import commit_directory, lock_directory, make_directories, replace_file, sha256_file
 from pretrain.published_store import PublishedStore
 from pretrain.ranks import PATIENT_SECONDS
-from pretrain.runtime import EXIT_STOPPED, describe_machine, keep_freed_memory
+from pretrain.runtime import EXIT_STOPPED, describe_machine, keep_freed_memory, versions
 from pretrain.tasks import bag_of_words, make_task
 from pretrain.tasks.adapters import AdapterStore, add_adapters, check_choice, digest_of, read_adapted, write_merged
 from pretrain.tasks.base import Evaluated, Task
@@ -338,6 +338,7 @@ def _conclude(
     better = min if metric.startswith("-") else max
     best = better(results, key=lambda result: float(result[VALIDATION][name]))
     chosen = config.directory / f"seed-{best['seed']}" / str(best["checkpoint"]) / "model"
+    whole = _whole(config, task, rows, results, best, name, job)
     with commit_directory(config.directory / "model", replace=True) as temporary:
         if config.model.adapters is not None:
             seed = int(best["seed"])
@@ -346,24 +347,40 @@ def _conclude(
             for file in sorted(chosen.iterdir()):
                 (temporary / file.name).write_bytes(file.read_bytes())
         task.finish(temporary)
-    summary = summary_of(results)
-    whole = {
-        "task": config.as_dict()["task"],
-        "model": config.as_dict()["model"],
+        write_card(temporary, config.directory, result=whole, overwrite=True)
+    replace_file(config.directory / "result.json", (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode())
+    _show(config.name, whole["summary"], len(results), console)
+    console.print(f"model: {config.directory / 'model'}", highlight=False)
+
+
+def _whole(
+    config: TuningConfig,
+    task: Task,
+    rows: _Rows,
+    results: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any],
+    metric: str,
+    job: Job,
+) -> dict[str, Any]:
+    """What `result.json` holds of all seeds."""
+    plain = config.as_dict()
+    return {
+        "task": plain["task"],
+        "model": plain["model"],
+        "base_is_local": Path(str(config.model.from_)).is_dir(),
+        **{section: plain[section] for section in ("optimizer", "schedule", "train")},
+        "precision": job.precision,
         "rows": {part: len(getattr(rows.parts, part)) for part in ("train", VALIDATION, TEST)},
         "rows_sha256": rows.parts.digest,
         "notes": task.notes,
-        "metric": name,
+        "metric": metric,
         "best_seed": best["seed"],
         "seeds": list(results),
-        "summary": summary,
+        "summary": summary_of(results),
         "machine": describe_machine(job.device),
-        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        "versions": versions(),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
     }
-    replace_file(config.directory / "result.json", (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode())
-    _show(config.name, summary, len(results), console)
-    console.print(f"model: {config.directory / 'model'}", highlight=False)
 
 
 def _show(name: str, summary: Mapping[str, Mapping[str, Any]], seeds: int, console: Console) -> None:

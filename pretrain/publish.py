@@ -62,7 +62,8 @@ def publish(model: Path, wanted: Wanted, *, yes: bool = False, console: Console 
     """Show what would be sent, and send it when `yes` is given; return the exit code (0 done, 3 nothing sent).
 
     Args:
-        model: a run (its `export/`, or else its newest checkpoint, exported), a checkpoint, or a model directory.
+        model: a run (its `export/`, or else its newest checkpoint, exported), a fine-tuning (its `model/`), a
+            checkpoint, or a model directory.
         wanted: where it goes, and what else.
         yes: without it, only questions are asked.
         console: where it is shown.
@@ -154,6 +155,8 @@ def _release(revision: str, source: Source, repository: str) -> Release:
 
 def _source(model: Path, workspace: Path, console: Console) -> Source:
     """The model directory that a run, a checkpoint or a model directory is published as."""
+    if origins.is_tuning(model):
+        model = model / origins.MODEL
     if (model / "config.json").is_file():
         source = origins.of_directory(model)
         if source.checkpoint is None:
@@ -213,6 +216,8 @@ def _before_the_first_step(config: RunConfig, run: Path, workspace: Path, consol
 
 def _config_of(run: Path) -> RunConfig:
     """The configuration that a run was trained with, wherever its directory lies now."""
+    if origins.is_tuning(run.resolve().parent):
+        raise ArtifactError(f"`{run}` is one seed of a fine-tuning; give `{run.resolve().parent}`, whose model is sent")
     path = run / "train" / "config.yaml"
     if not path.is_file():
         raise ArtifactError(f"`{path}` is missing, so it is not known how the run is exported; give a model directory")

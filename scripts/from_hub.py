@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Load a model from a Hub as anybody would, by plain transformers, and compare it with directories on this disk.
 
-    python -P scripts/from_hub.py OWNER/NAME main=runs/NAME/export step-1000=runs/NAME/train/checkpoints/step-00001000/model
+    cd /tmp && python -P ~/checkout/scripts/from_hub.py OWNER/NAME main=$RUN/export \\
+        step-1000=$RUN/train/checkpoints/step-00001000/model
 
 Each argument is a revision and the directory that it must equal. `pretrain` cannot be imported in this process. What is
 found is written as one line of JSON: for each revision its commit, its files, the class that its configuration names,
@@ -141,7 +142,7 @@ def speak(repository: str, text: str) -> str:
     if task == "text-generation":
         pipe = transformers.pipeline(task, repository)
         said = pipe(begun, max_new_tokens=16, do_sample=False, return_full_text=False)[0]["generated_text"]
-        return f"{begun}  ->  {said}"
+        return f"{begun}  ->  {' '.join(said.split())}"
     if auto != "AutoModelForSeq2SeqLM":
         return "(a model that writes nothing)"
     tokenizer = transformers.AutoTokenizer.from_pretrained(repository)

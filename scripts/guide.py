@@ -48,13 +48,16 @@ _MARK = re.compile(r"<!-- (tiny|not run|ends with): (.*?) -->", re.DOTALL)
 _FILE = re.compile(r"# ([\w.-]+\.yaml)\b")
 _HEAD = """\
 set -euo pipefail
-TINY=()
-pretrain() {{
-    case $1 in
-        {configured}) command pretrain "$@" "${{TINY[@]}}" ;;
-        *) command pretrain "$@" ;;
-    esac
-}}
+mkdir .bin
+cat > .bin/pretrain <<'END OF FILE'
+#!/usr/bin/env bash
+case ${{1-}} in
+    {configured}) [ -z "$TINY" ] || mapfile -t tiny <<< "$TINY" ;;
+esac
+PATH=${{PATH#*:}} exec pretrain "$@" "${{tiny[@]}}"
+END OF FILE
+chmod +x .bin/pretrain
+export PATH="$PWD/.bin:$PATH" TINY
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 """
 
@@ -127,8 +130,8 @@ def script(page: Path) -> str:
                 if len(text.replace("\\\n", " ").strip().splitlines()) != 1:
                     raise ValueError(f"{place}: `ends with` is for a block of one command")
                 text = f"code=0\n{text.strip()} || code=$?\n[ $code = {int(code)} ]\n"
-            tiny = " ".join(map(shlex.quote, block.tiny))
-            parts.append(f'echo "=== {place}" "(after $SECONDS s)"\nTINY=({tiny})\n{text}')
+            tiny = shlex.quote("\n".join(block.tiny))
+            parts.append(f'echo "=== {place} (after $SECONDS s)"\nTINY={tiny}\n{text}')
     return "\n".join([*parts, f'echo "=== {page.name}: done in $SECONDS s"\n'])
 
 

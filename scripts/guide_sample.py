@@ -72,6 +72,18 @@ def documents_of_builtins() -> Iterable[dict[str, str]]:
             yield {"text": "\n\n".join(dict.fromkeys(texts))}
 
 
+def pieces(text: str, size: int = 1_500) -> Iterable[dict[str, str]]:
+    """Documents of whole paragraphs, about `size` characters each."""
+    piece: list[str] = []
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        if sum(map(len, piece)) > size:
+            yield {"text": "\n\n".join(piece)}
+            piece = []
+    if piece:
+        yield {"text": "\n\n".join(piece)}
+
+
 def write_lines(path: Path, rows: Iterable[object]) -> None:
     """A JSON value a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +103,10 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]
 def write_sample(folder: Path) -> None:
     """All files of the guides, under `folder`."""
     names = sorted(topics)
-    write_lines(folder / "text" / "reference.jsonl", ({"text": topics[name]} for name in names[4:]))
-    write_lines(folder / "held-out" / "reference.jsonl", ({"text": topics[name]} for name in names[:4]))
+    write_lines(folder / "text" / "reference.jsonl", (piece for name in names[4:] for piece in pieces(topics[name])))
+    write_lines(
+        folder / "held-out" / "reference.jsonl", (piece for name in names[:4] for piece in pieces(topics[name]))
+    )
     write_lines(folder / "domain" / "builtins.jsonl", documents_of_builtins())
     write_lines(folder / "chat" / "train.jsonl", conversations())
     found = list(dict.fromkeys(one for name in names for one in sentences(topics[name])))

@@ -2,7 +2,7 @@
 """From text to a repository and back, on this machine alone: a rehearsal of everything up to the upload.
 
     python scripts/text_to_hub.py small-bert-en 'data.train=[path/to/books.jsonl.gz]'
-    python scripts/text_to_hub.py small-gpt-zh 'data.train=[novels.jsonl.gz]' --repo my-gpt --folder hub --text '山[MASK]'
+    python scripts/text_to_hub.py small-gpt-zh 'data.train=[novels.jsonl.gz]' --repo gpt --folder hub --text '山[MASK]'
 
 What `pretrain run` is given (a configuration and overrides) is trained, or taken as it is where it is made already; the
 run and every checkpoint that it keeps go by `pretrain publish` to a Hub of this machine; from there plain transformers
@@ -26,16 +26,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from rich.table import Table
 
 from pretrain.config import RunConfig, load_config
+from pretrain.publishing.hub import check_repository_name
 from tests.cards.hub_rules import problems
 from tests.local_hub import READER, WRITER, LocalHub
 
+ROOT = Path(__file__).resolve().parents[1]
 OWNER = "local"
 _OF_HUB = re.compile(r"(HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS)_\w+")  # where caches and tokens lie, and what is off
 
@@ -54,26 +55,34 @@ class FailedError(Exception):
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="From text to a repository on this machine, and back.")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped run")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="as `pretrain run` takes them")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s CONFIG [KEY=VALUE...] [--repo NAME] [--folder DIR] [--text TEXT]",
+        description="From text to a repository on this machine, and back.",
+    )
+    of_run = "a YAML file or the name of a shipped run, then overrides, as `pretrain run` takes them"
+    parser.add_argument("words", metavar="CONFIG", nargs="+", help=of_run)
     parser.add_argument("--repo", metavar="NAME", help="of the repository; default: the run's name")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keeps the repositories; default: a passing one")
     parser.add_argument("--text", help="what the model is asked, with a [MASK]; a decoder gets what stands before it")
     given = parser.parse_intermixed_args(words)
     if given.text is not None and "[MASK]" not in given.text:
         parser.error(f"--text {given.text!r} has no [MASK]")
+    given.config, *given.overrides = given.words
     return given
 
 
 def repository_of(given: str | None, config: RunConfig) -> str:
-    """`local/NAME`: the one user of a Hub of this machine is `local`."""
+    """`local/NAME`: the one user of a Hub of this machine is `local`.
+
+    Raises:
+        ValueError: when it is another's, or no name.
+    """
     owner, slash, name = (given or config.name).rpartition("/")
     if slash and owner != OWNER:
         raise ValueError(
             f"--repo {given}: the user of a Hub on this machine is `{OWNER}`; give {OWNER}/{name}, or {name}"
         )
-    return f"{OWNER}/{name}"
+    return check_repository_name(f"{OWNER}/{name}")
 
 
 def call(command: Sequence[str], *, environment: Mapping[str, str], what: str) -> None:
@@ -98,6 +107,13 @@ def own_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, **(more or {})}
 
 
+def at_hub(hub: LocalHub, token: str) -> dict[str, str]:
+    """What makes huggingface_hub speak to this one, past any proxy."""
+    direct = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1")))
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    return settings | {"NO_PROXY": direct, "no_proxy": direct}
+
+
 def revisions_of(directory: Path, hub: LocalHub, repository: str) -> dict[str, Path]:
     """What each revision that was published now must equal."""
     found = {"main": directory / "export"}
@@ -117,7 +133,7 @@ def load_back(hub: LocalHub, repository: str, revisions: Mapping[str, Path], tex
     with tempfile.TemporaryDirectory(prefix="text-to-hub-") as folder:
         environment = {name: value for name, value in os.environ.items() if not _OF_HUB.fullmatch(name)}
         environment.pop("PYTHONPATH", None)
-        environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": READER, "HF_HOME": folder, "HF_HUB_DISABLE_XET": "1"}
+        environment |= at_hub(hub, READER) | {"HF_HOME": folder}
         environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         program = [sys.executable, "-P", str(ROOT / "scripts" / "from_hub.py"), repository]
         pairs = [f"{revision}={directory.resolve()}" for revision, directory in revisions.items()]
@@ -133,18 +149,18 @@ def load_back(hub: LocalHub, repository: str, revisions: Mapping[str, Path], tex
 
 def table_of(repository: str, found: Mapping[str, Any], wrong_card: Sequence[str]) -> Table:
     """A row for each revision."""
-    table = Table(title=f"{repository}, loaded back without pretrain", title_justify="left")
-    for name in ("revision", "commit", "class"):
-        table.add_column(name, overflow="fold")
+    title = f"{repository}, {found['revisions']['main']['class']}, loaded back without pretrain"
+    table = Table(title=title, title_justify="left")
+    for name in ("revision", "commit"):
+        table.add_column(name)
     for name in ("files", "bytes"):
         table.add_column(name, justify="right")
     for name in ("logits", "card"):
         table.add_column(name)
     for revision, row in found["revisions"].items():
-        card = ("valid, its lines run" if not wrong_card else "WRONG") if revision == "main" else ""
+        card = ("valid, runs" if not wrong_card else "WRONG") if revision == "main" else ""
         logits = "equal" if row["equal"] else "DIFFERENT"
-        numbers = f"{row['files']:,}", f"{row['bytes']:,}"
-        table.add_row(revision, row["commit"][:12], row["class"], *numbers, logits, card)
+        table.add_row(revision, row["commit"][:12], f"{row['files']:,}", f"{row['bytes']:,}", logits, card)
     return table
 
 
@@ -165,26 +181,24 @@ def go(given: argparse.Namespace, console: Console) -> int:
     call(pretrain("run", given.config, *given.overrides), environment=own_environment(), what="pretrain run")
     with tempfile.TemporaryDirectory(prefix="text-to-hub-") as passing, LocalHub(given.folder or Path(passing)) as hub:
         send = pretrain("publish", str(config.directory), repository, "--steps", "--yes")
-        at_hub = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        call(send, environment=own_environment(at_hub), what="pretrain publish")
+        call(send, environment=own_environment(at_hub(hub, WRITER)), what="pretrain publish")
         revisions = revisions_of(config.directory, hub, repository)
         found = load_back(hub, repository, revisions, given.text)
     wrong_card = [*problems(found["card"]), *filter(None, [found["lines"]])]
     console.print(table_of(repository, found, wrong_card))
-    console.print(found["says"], markup=False, highlight=False)
+    console.print(found["says"], markup=False, highlight=False, soft_wrap=True)
     for problem in wrong_card:
-        console.print(f"card: {problem}", markup=False, highlight=False)
+        console.print(f"card: {problem}", markup=False, highlight=False, soft_wrap=True)
     if given.folder is not None:
-        console.print(
-            f"`python scripts/local_hub.py 8765 {given.folder}` serves it again", markup=False, highlight=False
-        )
+        again = f"`python scripts/local_hub.py 8765 {given.folder}` serves it again"
+        console.print(again, markup=False, highlight=False, soft_wrap=True)
     return 0 if not wrong_card and all(row["equal"] for row in found["revisions"].values()) else 1
 
 
 def main() -> int:
     """There and back; errors as one line."""
     try:
-        return go(arguments(), Console(soft_wrap=False))
+        return go(arguments(), Console())
     except FailedError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.code

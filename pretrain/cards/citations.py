@@ -146,6 +146,21 @@ OPTIMIZERS: Mapping[str, Paper] = {
         where="https://kellerjordan.github.io/posts/muon",
     ),
 }
+LORA = Paper(
+    "hu2021lora",
+    "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean and "
+    "Wang, Lu and Chen, Weizhu",
+    "LoRA: Low-Rank Adaptation of Large Language Models",
+    2021,
+    "2106.09685",
+)
+SENTENCES = Paper(
+    "reimers2019sentence",
+    "Reimers, Nils and Gurevych, Iryna",
+    "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
+    2019,
+    "1908.10084",
+)
 SCHEDULES: Mapping[str, Paper] = {
     "wsd": Paper(
         "hagele2024scaling",
@@ -175,6 +190,12 @@ def papers(facts: Facts) -> list[Paper]:
         found.append(OBJECTIVES.get(str(facts.objective)))
         found.append(OPTIMIZERS.get(str(facts.run.section("optimizer").get("name"))))
         found.append(SCHEDULES.get(str(facts.run.section("schedule").get("kind"))))
+    elif facts.tuning is not None:
+        settings = facts.tuning.settings
+        found.append(ARCHITECTURES.get(stock))
+        found.append(OPTIMIZERS.get(str((settings.get("optimizer") or {}).get("name"))))
+        found.append(SCHEDULES.get(str((settings.get("schedule") or {}).get("kind"))))
+        found += [LORA if facts.tuning.lora is not None else None, SENTENCES if facts.model.sentences else None]
     else:
         found.append(ARCHITECTURES.get(stock))
     return list({paper.key: paper for paper in found if paper is not None}.values())
@@ -185,6 +206,8 @@ def own_entry(facts: Facts) -> str:
     key = re.sub(r"[^A-Za-z0-9-]+", "-", facts.title).strip("-").lower() or "model"
     lines = [f"title = {{{{{re.sub(r'[{}]', '', facts.title)}}}}}"]
     last = str(facts.run.starts[-1].get("time", "")) if facts.run is not None and facts.run.starts else ""
+    if facts.tuning is not None:
+        last = str(facts.tuning.result.get("finished", ""))
     if re.match(r"\d{4}-", last):
         lines.append(f"year = {{{last[:4]}}}")
     if facts.repository is not None:
@@ -194,6 +217,9 @@ def own_entry(facts: Facts) -> str:
 
 
 def _made_with(facts: Facts) -> str:
+    if facts.tuning is not None:
+        made = (facts.tuning.result.get("versions") or {}).get("pretrain")
+        return "Fine-tuned with pretrain" + (f" {made}" if made else "")
     version = None if facts.run is None else facts.run.code_version
     identity = "" if facts.run is None else str(facts.run.progress.get("run_id", ""))
     said = "Made with pretrain" + (f" {version}" if version else "") if facts.run is not None else "A language model"

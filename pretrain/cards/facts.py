@@ -16,6 +16,7 @@ from typing import Any
 
 from pretrain.cards.places import public
 from pretrain.cards.scores import Score, scores_of_run
+from pretrain.cards.tuned import MODEL, Tuning, tuning_around
 from pretrain.config_text import parse_yaml
 from pretrain.files import MANIFEST, ArtifactError
 from pretrain.training.history import Curves, Scores, read_lines, read_metrics
@@ -108,7 +109,8 @@ class Facts:
         title: the model's name.
         place: how the lines of the card address it: a directory, or the name of a repository.
         model: its directory.
-        run: the run that made it; None when it is not known.
+        run: the pretraining that made it; None when it is not known.
+        tuning: the fine-tuning that made it, in place of a run.
         scores: of the run and of score files.
         license: of the model.
         languages: codes of the text.
@@ -121,6 +123,7 @@ class Facts:
     place: str
     model: Model
     run: Run | None = None
+    tuning: Tuning | None = None
     scores: tuple[Score, ...] = ()
     license: str | None = None
     languages: tuple[str, ...] = ()
@@ -293,7 +296,9 @@ def _is_local(base: Any, directory: Path, config: Mapping[str, Any]) -> bool:
 
 
 def run_around(directory: Path) -> Path | None:
-    """The run whose export a model directory is: `RUN/export`; None for other places."""
+    """The run whose export a model directory is: `RUN/export`, or of a fine-tuning `RUN/model`; None elsewhere."""
+    if (tuned := tuning_around(directory)) is not None:
+        return tuned
     run = directory.resolve().parent
     return run if directory.resolve().name == "export" and (run / "train" / "result.json").is_file() else None
 
@@ -318,6 +323,7 @@ def gather(
     run: Path | None = None,
     *,
     checkpoint: Path | None = None,
+    tuning: Tuning | None = None,
     repository: str | None = None,
     license: str | None = None,
     languages: Sequence[str] = (),
@@ -331,6 +337,7 @@ def gather(
         directory: the model directory.
         run: the run directory that it comes from.
         checkpoint: the one of the run that it is; None: the end of the run.
+        tuning: what `run` is, when it is a fine-tuning.
         repository: its name on the Hub.
         license: of the model, in place of the run's `export.license`.
         languages: in place of the run's `export.language`.
@@ -342,7 +349,7 @@ def gather(
         ArtifactError: when the model or the run is not there.
     """
     model = read_model(directory)
-    found = None if run is None else read_run(run, checkpoint)
+    found = None if run is None or tuning is not None else read_run(run, checkpoint)
     export = {} if found is None else found.section("export")
     name = directory.resolve().name
     title = name
@@ -351,18 +358,20 @@ def gather(
         title = str(found.config.get("name") or run.resolve().name)
         inside = directory.resolve().is_relative_to(run.resolve())
         place = f"{run.resolve().name}/{directory.resolve().relative_to(run.resolve()).as_posix()}" if inside else name
+    elif tuning is not None and run is not None:
+        inside = directory.resolve().parent == run.resolve()
+        title, place = tuning.name, f"{tuning.name}/{MODEL}" if inside else name
     if repository is not None:
         title, place = repository.rpartition("/")[2], repository
-    own = (
-        ()
-        if found is None or run is None
-        else scores_of_run(run, found.config, found.progress, final=bool(found.result))
-    )
+    own = () if tuning is None else tuning.scores()
+    if found is not None and run is not None:
+        own = scores_of_run(run, found.config, found.progress, final=bool(found.result))
     return Facts(
         title=title,
         place=place,
         model=model,
         run=found,
+        tuning=tuning,
         scores=(*own, *scores),
         license=license or export.get("license"),
         languages=tuple(languages or export.get("language") or ()),

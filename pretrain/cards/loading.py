@@ -124,8 +124,14 @@ def is_detector(model: Model) -> bool:
     return (own.startswith("Electra") and own.endswith("ForPreTraining")) or own.endswith("ForReplacedTokenDetection")
 
 
-def lines_for(model: Model, place: str) -> Lines:
-    """The lines that load a model from a place, a directory or the name of a repository, and use it once."""
+def lines_for(model: Model, place: str, use: tuple[str, ...] | None = None) -> Lines:
+    """The lines that load a model from a place, a directory or the name of a repository, and use it once.
+
+    Args:
+        model: that is loaded.
+        place: a directory, or the name of a repository.
+        use: lines that use it; None: those for its class.
+    """
     where = PLACE + json.dumps(place, ensure_ascii=False)
     if model.sentences:
         code = (
@@ -138,9 +144,10 @@ def lines_for(model: Model, place: str) -> Lines:
         return Lines("\n".join(code), "sentence-transformers")
     auto = auto_class(model)
     code_too = ", trust_remote_code=True" if model.needs_code else ""
-    use = _USE.get(auto, _STACK)
-    if auto == "AutoModelForPreTraining":
+    if use is None and auto == "AutoModelForPreTraining":
         use = _DETECT if is_detector(model) else _PAIR
+    elif use is None:
+        use = _USE.get(auto, _STACK)
     classes = [auto, "AutoTokenizer"]
     torch = ("import torch",) if any("torch." in line for line in use) else ()
     more: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 from pretrain.cards.facts import Facts
 from pretrain.cards.loading import PIPELINES, auto_class
 from pretrain.cards.places import hub_name, is_hub_name
-from pretrain.cards.scores import benchmark_entries, model_index
+from pretrain.cards.scores import benchmark_entries, hub_metric, model_index
 
 _LICENSES = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
@@ -29,7 +29,12 @@ LICENSES = frozenset(_LICENSES.split())
 """The Hub's identifiers of licences (hub-docs, repositories-licenses); another one goes by `other` and its name."""
 
 
-_METRICS = frozenset({"accuracy", "perplexity", "f1", "bleu", "chrf", "rouge", "exact_match", "pearsonr", "spearmanr"})
+_METRICS = frozenset(
+    {
+        *("accuracy", "perplexity", "f1", "precision", "recall", "matthews_correlation", "bleu", "chrf", "rouge"),
+        *("exact_match", "pearsonr", "spearmanr", "mse"),
+    }
+)
 
 
 def metadata(facts: Facts) -> str:
@@ -42,16 +47,21 @@ def metadata(facts: Facts) -> str:
     if facts.model.needs_code:
         tags.append("custom_code")
     auto = auto_class(facts.model)
+    tuning = facts.tuning
+    if tuning is not None:
+        tags += [tuning.kind, *(["lora"] if tuning.lora is not None else [])]
+    base = _base(facts)
     card = ModelCardData(
         language=list(facts.languages) or None,
         license=license,
         license_name=named,
         library_name="sentence-transformers" if facts.model.sentences else "transformers",
-        pipeline_tag="sentence-similarity" if facts.model.sentences else _pipeline(auto, kind),
+        pipeline_tag=_pipeline_of(facts, auto),
         tags=tags,
         datasets=_datasets(facts) or None,
-        base_model=_base(facts),
-        metrics=sorted({score.metric for score in facts.scores} & _METRICS) or None,
+        base_model=base,
+        base_model_relation="finetune" if tuning is not None and base is not None else None,
+        metrics=sorted({hub_metric(score.metric) for score in facts.scores} & _METRICS) or None,
         model_name=facts.title,
         eval_results=model_index(facts.scores, facts.title) or None,
     )
@@ -61,13 +71,20 @@ def metadata(facts: Facts) -> str:
     return text
 
 
-def _pipeline(auto: str, objective: str | None) -> str | None:
-    return "translation" if objective == "translation" else PIPELINES.get(auto)
+def _pipeline_of(facts: Facts, auto: str) -> str | None:
+    if facts.model.sentences:
+        return "sentence-similarity"
+    if facts.tuning is not None:  # a decoder writes: its pipeline is that of its class, whatever its task is called
+        return PIPELINES[auto] if auto == "AutoModelForCausalLM" else facts.tuning.of_hub[0]
+    return "translation" if facts.objective == "translation" else PIPELINES.get(auto)
 
 
 def _datasets(facts: Facts) -> list[str]:
     """The Hub's datasets among the training text."""
     settings: Mapping[str, Any] = {} if facts.run is None else facts.run.made_from or facts.run.section("data")
+    if facts.tuning is not None:
+        parts = [facts.tuning.task.get(part) for part in ("train", "validation", "test")]
+        settings = {"train": [file for part in parts if isinstance(part, list) for file in part]}
     files = [
         str(file)
         for entry in settings.get("train") or ()
@@ -78,6 +95,8 @@ def _datasets(facts: Facts) -> list[str]:
 
 def _base(facts: Facts) -> str | None:
     """The Hub's name of the model that the run went on from; None for a directory."""
+    if facts.tuning is not None:
+        return facts.tuning.hub_base if facts.tuning.pretrained else None
     base = None if facts.run is None or facts.run.base_is_local else facts.run.section("model").get("from")
     return base if isinstance(base, str) and is_hub_name(base) else None
 

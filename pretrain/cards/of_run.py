@@ -13,7 +13,7 @@ from pretrain.cards.cost import energy_of, epochs_of, flops_of, hardware_of
 from pretrain.cards.facts import Facts, Run
 from pretrain.cards.places import hub_name, public
 from pretrain.cards.scores import Score
-from pretrain.cards.words import cell, code, compact, counted, facts_table, number, scientific, table
+from pretrain.cards.words import cell, code, compact, counted, facts_table, number, scientific, table, told
 
 EMBEDDED = {"python-stdlib": "PSF-2.0", "torch-headers": "BSD-3-Clause"}
 """Licences of the corpora that come with the machine, by what their packages say."""
@@ -70,7 +70,7 @@ def licence_of(entry: Any) -> str | None:
 def _source(entry: Any, run: Run) -> tuple[str, ...]:
     named = isinstance(entry, Mapping)
     files = [str(file) for file in entry.get("files") or ()] if named else [str(entry)]
-    shown = ", ".join(_place(file) for file in files[:_MOST_FILES])
+    shown = ", ".join(linked(file) for file in files[:_MOST_FILES])
     if len(files) > _MOST_FILES:
         shown += f" and {len(files) - _MOST_FILES:,} more"
     name = str(entry.get("name")) if named else ""
@@ -87,7 +87,8 @@ def _source(entry: Any, run: Run) -> tuple[str, ...]:
     )
 
 
-def _place(file: str) -> str:
+def linked(file: str) -> str:
+    """A file, or a dataset of the Hub, as a stranger may read it."""
     dataset = hub_name(file)
     return f"[{cell(dataset)}](https://huggingface.co/datasets/{dataset})" if dataset else code(public(file))
 
@@ -152,12 +153,12 @@ def recipe(facts: Facts) -> str:
     train, length = run.section("train"), run.section("data").get("sequence_length")
     batch = train.get("batch_tokens")
     rows: dict[str, Any] = {
-        "objective": _told(run.section("objective"), "kind"),
+        "objective": told(run.section("objective"), "kind"),
         "started from": code(public(str(run.section("model")["from"])))
         if run.section("model").get("from")
         else "random weights",
-        "optimizer": _told(run.section("optimizer"), "name"),
-        "schedule": _told(run.section("schedule"), "kind"),
+        "optimizer": told(run.section("optimizer"), "name"),
+        "schedule": told(run.section("schedule"), "kind"),
         "batch": f"{number(batch)} tokens" + (f", {batch // length:,} rows of {number(length)}" if length else "")
         if batch
         else None,
@@ -169,31 +170,17 @@ def recipe(facts: Facts) -> str:
         "dropout": _dropout(facts),
     }
     changes = run.progress.get("changes") or ()
-    told = [
+    changed = [
         f"- step {change['step']:,}: {code(change['key'])} from {code(change['before'])} to {code(change['after'])}"
         for change in changes
         if isinstance(change, Mapping) and {"step", "key", "before", "after"} <= set(change) and _is_plain(change)
     ]
-    return facts_table(rows) + ("\n\nChanged on the way:\n\n" + "\n".join(told) if told else "")
+    return facts_table(rows) + ("\n\nChanged on the way:\n\n" + "\n".join(changed) if changed else "")
 
 
 def _is_plain(change: Mapping[str, Any]) -> bool:
     """Whether a change is of numbers: texts may name places."""
     return all(isinstance(change[side], int | float | None) for side in ("before", "after"))
-
-
-def _told(section: Mapping[str, Any], name: str) -> str | None:
-    """`adamw (lr 0.001, weight_decay 0.1)`."""
-    if not section.get(name):
-        return None
-    keys = [f"{key} {_value(value)}" for key, value in section.items() if key != name and value not in (None, False)]
-    return cell(section[name]) + (f" ({', '.join(keys)})" if keys else "")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " / ".join(map(_value, value))
-    return f"{value:g}" if isinstance(value, float) else cell(value)
 
 
 def _precision(run: Run) -> str:
@@ -258,15 +245,20 @@ def scores(facts: Facts) -> str:
     """A row for each number."""
     if not facts.scores:
         return "None were recorded."
-    several = any(score.at_start is not None for score in facts.scores)
+    return score_table(facts.scores) + "\n\n" + _meaning(facts)
+
+
+def score_table(scores: Sequence[Score]) -> str:
+    """A table of scores, with those before the first step where some are known."""
+    several = any(score.at_start is not None for score in scores)
     head = ("measured on", "metric", "value", *(("before step 1",) if several else ()), "how")
-    return table(head, [_score(score, several) for score in facts.scores]) + "\n\n" + _meaning(facts)
+    return table(head, [_score(score, several) for score in scores])
 
 
 def _score(score: Score, several: bool) -> tuple[str, ...]:
     value = number(score.value) + (f" ± {number(score.spread)}" if score.spread is not None else "")
     start = ("" if score.at_start is None else number(score.at_start),) if several else ()
-    on = _place(f"hub:{score.dataset}") if score.dataset else cell(score.on)
+    on = linked(f"hub:{score.dataset}") if score.dataset else cell(score.on)
     how = ", ".join(filter(None, (score.config and cell(score.config), score.split and cell(score.split), score.note)))
     return (f"{on} ({cell(score.on)})" if score.dataset else on, cell(score.label), value, *start, how)
 

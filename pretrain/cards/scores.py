@@ -37,7 +37,19 @@ METRICS = {
     "f1": "F1",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "f1_macro": "F1, macro",
+    "f1_micro": "F1, micro",
+    "matthews_correlation": "Matthews' correlation",
+    "pearson": "Pearson's correlation",
+    "spearman": "Spearman's correlation",
+    "mse": "mean squared error",
+    "mrr": "mean reciprocal rank",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
 }
+_ON_THE_HUB = {"f1_macro": "f1", "f1_micro": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
 _NO_METRICS = {"num_targets", "context"}
 
 
@@ -76,6 +88,11 @@ class Score:
     def label(self) -> str:
         """The metric in words."""
         return METRICS.get(self.metric, self.metric.replace("_", " "))
+
+
+def hub_metric(metric: str) -> str:
+    """What the Hub calls a metric, where that differs."""
+    return "rouge" if metric.startswith("rouge") else _ON_THE_HUB.get(metric, metric)
 
 
 def scores_of_run(
@@ -217,7 +234,7 @@ def model_index(scores: Sequence[Score], title: str) -> list[EvalResult]:
             dataset_name=score.on,
             dataset_config=score.config,
             dataset_split=score.split,
-            metric_type=score.metric,
+            metric_type=hub_metric(score.metric),
             metric_name=score.label,
             metric_value=rounded(score.value),
         )

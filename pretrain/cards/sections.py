@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pretrain.cards import of_tuning
 from pretrain.cards.citations import own_entry, papers
 from pretrain.cards.cost import epochs_of
 from pretrain.cards.facts import Facts, Model
@@ -54,7 +55,7 @@ _TOKENS_A_PARAMETER = 20.0
 
 def summary(facts: Facts) -> str:
     """What it is, in a few sentences."""
-    kind, does = _kind_of(facts.model)
+    kind, does = _kind_of(facts.model) if facts.tuning is None else of_tuning.DOES[facts.tuning.kind]
     size = "" if facts.model.parameters is None else f" of {compact(facts.model.parameters)} parameters"
     form = "Its own modelling code comes with it." if facts.model.needs_code else "No code of its own is needed."
     own = code(facts.model.architecture or "no class named")
@@ -63,6 +64,8 @@ def summary(facts: Facts) -> str:
         lines[0] += " Read that code before `trust_remote_code=True`, as you would read a program."
     if facts.run is not None:
         lines.append(_made_by(facts))
+    elif facts.tuning is not None:
+        lines.append(of_tuning.summary(facts))
     return "\n\n".join(lines)
 
 

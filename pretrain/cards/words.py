@@ -68,3 +68,17 @@ def number(value: Any) -> str:
 def counted(count: int, thing: str, things: str | None = None) -> str:
     """`1 document`, `2,000 documents`; `things` where it is more than an s."""
     return f"{count:,} {thing if count == 1 else things or f'{thing}s'}"
+
+
+def told(section: Mapping[str, Any], name: str) -> str | None:
+    """A section of a configuration in one line, such as `adamw (lr 0.001, betas 0.9 / 0.95)`; None without its name."""
+    if not section.get(name):
+        return None
+    keys = [f"{key} {_value(value)}" for key, value in section.items() if key != name and value not in (None, False)]
+    return cell(section[name]) + (f" ({', '.join(keys)})" if keys else "")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " / ".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, float) else cell(value)

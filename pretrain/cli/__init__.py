@@ -18,16 +18,18 @@ from rich.console import Console
 from pretrain import __version__
 from pretrain.cli import running, looking, reporting, scoring, tuning, models, cards, publishing  # noqa: F401
 from pretrain.cli.options import app, end, rank_of_process
-from pretrain.config import json_schema
+from pretrain.config import RunConfig, json_schema
+from pretrain.config_task import TuningConfig
 from pretrain.files import write_bytes
 
 
 @app.command()
 def schema(
     output: Annotated[Path | None, typer.Option(help="write it here instead of printing it")] = None,
+    task: Annotated[bool, typer.Option("--task", help="of a fine-tuning's configuration")] = False,
 ) -> None:
-    """The JSON schema of a run configuration, for editors."""
-    text = json.dumps(json_schema(), indent=2) + "\n"
+    """The JSON schema of a run configuration, or a task's, for editors."""
+    text = json.dumps(json_schema(TuningConfig if task else RunConfig), indent=2) + "\n"
     if output is None:
         sys.stdout.write(text)
     else:

@@ -12,7 +12,7 @@ from pretrain.cli.options import app, console, end
 
 @app.command()
 def publish(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run directory, a checkpoint, or a model directory")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a run, fine-tuning, checkpoint or model directory")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; made when it is not there")],
     revision: Annotated[str, typer.Option(help="the branch that it becomes")] = "main",
     public: Annotated[bool, typer.Option("--public", help="everybody may see it; default: private")] = False,

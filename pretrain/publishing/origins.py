@@ -14,6 +14,7 @@ from pretrain.files import MANIFEST, ArtifactError, read_manifest
 from pretrain.publishing.record import RECORD, Origin, Record
 
 TRAINER = "trainer.json"
+RESULT, MODEL = "result.json", "model"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,34 @@ def is_run(path: Path) -> bool:
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory is a checkpoint."""
     return (path / TRAINER).is_file() and (path / "model").is_dir()
+
+
+def is_tuning(path: Path) -> bool:
+    """Whether a directory is a fine-tuning's, with the model that it kept."""
+    return _tuning(path) is not None
+
+
+def _tuning(path: Path) -> dict[str, Any] | None:
+    """What the result of a fine-tuning says; None of other directories."""
+    try:
+        found = json.loads((path / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # JSON or UTF-8 that is none
+        return None
+    return found if isinstance(found, dict) and "best_seed" in found else None
+
+
+def of_tuning(directory: Path) -> Source:
+    """The model that a fine-tuning kept, OUT/NAME/model; its origin is the checkpoint of the best seed.
+
+    Raises:
+        ArtifactError: when that checkpoint cannot be read.
+    """
+    result, origin = _tuning(directory) or {}, Origin()
+    for seed in result.get("seeds") or ():
+        checkpoint = directory / f"seed-{seed['seed']}" / str(seed["checkpoint"])
+        if seed["seed"] == result.get("best_seed") and is_checkpoint(checkpoint):
+            origin = origin_of_checkpoint(checkpoint)
+    return Source(directory / MODEL, origin, directory)
 
 
 def of_checkpoint(checkpoint: Path) -> Source:
@@ -75,7 +104,7 @@ def origin_of_checkpoint(checkpoint: Path) -> Origin:
 
 
 def of_directory(directory: Path) -> Source:
-    """A model directory: an export of a run, the model of a checkpoint, one from a Hub, or any other.
+    """A model directory: an export of a run, a fine-tuning's, the model of a checkpoint, one from a Hub, or any other.
 
     Raises:
         ArtifactError: when a manifest beside it cannot be read.
@@ -83,6 +112,8 @@ def of_directory(directory: Path) -> Source:
     place = directory.resolve()
     if place.name == "model" and is_checkpoint(place.parent):
         return of_checkpoint(directory.resolve().parent)
+    if place.name == MODEL and is_tuning(place.parent):
+        return of_tuning(place.parent)
     if place.name == "export" and is_run(place.parent) and (directory / MANIFEST).is_file():
         manifest = read_manifest(directory, "export")
         return Source(directory, _of_export(place.parent, manifest.inputs), place.parent, manifest.files)

@@ -113,6 +113,7 @@ def read_model(chosen: TunedModel, task: Task, seed: int, *, trust_remote_code: 
             f"`{source}`: its tokenizer has {len(task.tokenizer):,} ids, the model embeds "
             f"{model.get_input_embeddings().num_embeddings:,}; put the tokenizer there that it was trained with"
         )
+    model.config.architectures = [type(model).__name__]  # the class with the head, not the one that was saved
     task.prepare_model(model)
     return model.train(), new
 

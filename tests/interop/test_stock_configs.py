@@ -26,7 +26,7 @@ from stock_builders import (
 )
 
 from pretrain.config_model import HOME_KINDS
-from pretrain.interop import HOMES, NoStockHome, config_json, from_stock, stock_config, to_stock
+from pretrain.interop import HOMES, NoStockHome, config_json, from_stock, from_stock_config, stock_config, to_stock
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,16 @@ def test_config_json_is_read_alike_by_this_version(architecture: str, tmp_path) 
     assert type(loaded) is type(stock)
     names = set(json.loads(stock.to_json_string(use_diff=False))) - {"_name_or_path", "transformers_version"}
     assert {name: getattr(loaded, name) for name in names} == {name: getattr(stock, name) for name in names}
+
+
+def test_config_json_of_gpt2_names_its_context_as_other_readers_do(tmp_path) -> None:
+    """Under the name of early releases too; it comes back as the same model."""
+    config = tiny_config("gpt2")
+    entries = config_json(stock_config(config))
+    assert entries["n_ctx"] == entries["n_positions"] == config.max_position_embeddings
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    back = from_stock_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert back.to_dict() == from_stock_config(stock_config(config)).to_dict()
 
 
 def test_config_json_of_other_stock_models_gains_the_rotary_base() -> None:

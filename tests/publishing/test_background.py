@@ -120,8 +120,12 @@ def test_a_checkpoint_that_cannot_be_put_aside_is_a_line(tmp_path: Path) -> None
 # --- the process ----------------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_arrive_and_leave_the_disk(environment: LocalHub, tmp_path: Path) -> None:
+def test_checkpoints_arrive_and_leave_the_disk(
+    environment: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first try meets a wrong token, the second one a server that works: both checkpoints arrive."""
+    (tmp_path / "pretrain.py").write_text("raise SystemExit('this stood in for the package')\n")
+    monkeypatch.chdir(tmp_path)  # what lies in the working directory is not what is started
     lines: list[str] = []
     made = publisher(tmp_path, lines, wait=60.0)
     environment.tokens.clear()

@@ -15,6 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pretrain.config import RunConfig, config_from_dict
+from pretrain.config_task import TuningConfig
 from pretrain.evaluation.loading import load_model
 from pretrain.export import export_model, import_model
 from pretrain.files import ArtifactError
@@ -156,6 +157,7 @@ def test_no_key_of_a_run_trusts_remote_code(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="trust_remote_code"):
             config_from_dict(changed)
     assert "trust" not in json.dumps(RunConfig.model_json_schema())
+    assert "trust" not in json.dumps(TuningConfig.model_json_schema())
 
 
 def test_a_function_of_ones_own_is_found_after_what_is_installed(tmp_path: Path, monkeypatch) -> None:
