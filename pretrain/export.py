@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from pretrain.files import ArtifactError, commit_directory, write_safetensors
 from pretrain.interop import NoStockHome, stock_config
-from pretrain.model_dir import DTYPES, copy_tokenizer, write_model
+from pretrain.model_dir import DTYPES, write_model
 from pretrain.model_reading import GENERATOR, is_held, read_config, read_loom, read_stock, stored_task
-from pretrain.models import LoomConfig, LoomPreTrainedModel, register_hub_code, task_of
+from pretrain.models import LoomConfig, LoomPreTrainedModel, task_of
 from pretrain.training import checkpoint
 from pretrain.training.state import tensor_bytes
 from pretrain.training.stored import stored_model
@@ -126,9 +126,8 @@ def import_model(source: Path, out: Path) -> Proof:
         for name in ("", GENERATOR) if _has_generator(source) else ("",):
             own = source / name
             model, stock = _read(own), read_stock(own, task=stored_task(read_config(own)))
-            register_hub_code(model)
-            model.save_pretrained(temporary / name)
-            copy_tokenizer(source, temporary / name)
+            (temporary / name).mkdir(exist_ok=True)
+            write_model(model, temporary / name, tokenizer_directory=source, code=True)
             proofs.append(_prove(stock, model, Path(out) / name, None))
     return proofs[0]
 

@@ -128,12 +128,16 @@ def finetune(
                 if found is None:
                     return EXIT_STOPPED
                 results.append(found)
-            job.ranks.on_main(lambda: _conclude(config, task, rows, results, job, console, trust_remote_code))
+            patient = job.ranks.another_group(timeout=PATIENT_SECONDS)
+            patient.on_main(lambda: _conclude(config, task, rows, results, job, console, trust_remote_code))
         return 0
 
 
 def _baseline(config: TuningConfig, console: Console) -> None:
     """The scores of a logistic regression over words, written and shown as those of a model."""
+    result = config.directory / "result.json"
+    if result.is_file() and "best_seed" in json.loads(result.read_text(encoding="utf-8")):
+        raise ValueError(f"`{result}` is of a model; give the baseline a name of its own (name={config.name}-words)")
     parts = read_parts(config.task)
     scores = bag_of_words.score_baseline(config.task, parts)
     summary = summary_of([scores])
@@ -182,6 +186,11 @@ class _Seed:
     def run(self, allow_changes: Collection[str]) -> dict[str, Any] | None:
         """Train to the end, and score the best checkpoint; None when it was stopped."""
         config, ranks = self.config, self.job.ranks
+        if allow_changes and self.result_file.is_file():
+            raise ValueError(
+                f"--allow-change: `{self.result_file}` has the scores of the test rows already, and they are looked at "
+                "once; leave it out, or give this one another name="
+            )
         ranks.on_main(self._write_tokenizer)
         model, new = read_model(config.model, self.task, config.train.seed, trust_remote_code=self.trust_remote_code)
         check_length(model, config.row_tokens, str(config.model.from_))
@@ -221,7 +230,7 @@ class _Seed:
 
         def validate(live: nn.Module, context: EvaluationContext) -> Mapping[str, float]:
             def look() -> None:
-                if context.ranks.world == 1 and context.stopping():
+                if context.stopping():
                     raise EvaluationStopped
 
             scores = task.evaluate(live, *rows.of(VALIDATION), context.device, context.ranks, look).scores
@@ -268,6 +277,11 @@ class _Seed:
         """The scores of the best checkpoint, read as its users read it. The test rows are looked at once."""
         if self.result_file.is_file():
             found: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
+            if found["best"]["of"] != progress.step:
+                raise ValueError(
+                    f"`{self.result_file}` is of step {found['best']['of']:,}, and the run stands at "
+                    f"{progress.step:,}; give this one another name="
+                )
             return found
         best = checkpoint.read_pointer(trainer.directory, "best") or checkpoint.read_pointer(
             trainer.directory, "latest"

@@ -47,7 +47,7 @@ SETS = {
     "go-emotions": Set("classification/go_emotions", "f1_micro", 1),
     "sick-entailment": Set("pairs/sick", "accuracy", 6),
     "sick-relatedness": Set("pairs/sick", "pearson", 6),
-    "ud-ewt": Set("token/ud-english-ewt", "accuracy", 2),
+    "ud-ewt": Set("token/ud-english-ewt", "accuracy", 1),
     "wnut17": Set("token/wnut17", "f1", 6),
     "xquad-en": Set("qa/xquad", "f1", 6, words=False),
     "csl-category-zh": Set("classification/csl-category-zh", "accuracy", 3),

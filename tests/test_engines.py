@@ -115,7 +115,7 @@ LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     [
         (("train.strategy=single",), {}, r"single runs on one process, but 2 were launched"),
         (("train.processes=3",), {}, r"train.processes: 3 were asked for, but this job has 2.*--processes 3"),
-        (("train.batch_tokens=32",), {}, r"1 rows of 32 tokens, fewer than the 2 processes; raise it to 64"),
+        (("train.batch_tokens=32",), {}, r"1 rows of 32, fewer than the 2 processes; raise it .* to 64"),
         (("train.strategy=ddp",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, r"configured for fsdp2"),
         ((), {"ACCELERATE_USE_FSDP": "true"}, r"FSDP version 1 is not supported"),
         ((), {"ACCELERATE_MIXED_PRECISION": "bf16"}, r"train.precision: fp32 was asked for.*bf16"),

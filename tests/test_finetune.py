@@ -184,6 +184,10 @@ def test_another_task_under_the_same_name_is_refused(model: Path, tuning: Callab
         finetune(model, tuning("train.steps=2", "task.max_length=8"), console=quiet())
     with pytest.raises(ValueError, match="--resume never"):
         finetune(model, config, resume="never", console=quiet())
+    with pytest.raises(ValueError, match="looked at once"):
+        finetune(model, tuning("train.steps=4"), allow_changes=["train.steps"], console=quiet())
+    with pytest.raises(ValueError, match="give the baseline a name of its own"):
+        finetune("bag-of-words", config, console=quiet())
 
 
 def test_a_model_that_is_none(tmp_path: Path, tuning: Callable[..., TuningConfig]) -> None:

@@ -185,7 +185,7 @@ def keep_samples(path: Path, step: int, samples: Sequence[Mapping[str, Any]]) ->
 
     What an earlier call wrote about this step or later ones goes: the run went on from before it.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []  # a text may hold other line ends
     kept = [line for line in lines if _is_before(line, step)]
     kept += [json.dumps({"step": step, **sample}, ensure_ascii=False) for sample in samples]
     path.parent.mkdir(parents=True, exist_ok=True)

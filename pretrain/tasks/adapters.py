@@ -285,3 +285,6 @@ def write_merged(
     (directory / FOLDER).mkdir()
     for file in sorted(checkpoint.iterdir()):
         (directory / FOLDER / file.name).write_bytes(file.read_bytes())
+    if chosen.from_ is not None and Path(chosen.from_).is_dir():  # a path of this machine is nobody else's base
+        known = json.loads((directory / FOLDER / CONFIG).read_text(encoding="utf-8"))
+        write_json(directory / FOLDER / CONFIG, known | {"base_model_name_or_path": None})

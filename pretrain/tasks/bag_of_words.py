@@ -68,11 +68,12 @@ def _sentences(section: ClassificationTask | RegressionTask, parts: Parts) -> di
     best: dict[str, dict[str, float]] = {}
     metric = section.metric or ("pearson" if isinstance(section, RegressionTask) else "")
     metric = metric or ("f1_micro" if isinstance(section, ClassificationTask) and section.multi_label else "accuracy")
+    sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
     chosen: Any = None
     for strength in _STRENGTHS:
         fitted = _estimator(section, strength).fit(features["train"], labels["train"])
         found = score(labels["validation"], fitted.predict(features["validation"]))
-        if not best or found[metric] > best["validation"][metric]:
+        if not best or sign * found[name] > sign * best["validation"][name]:
             best, chosen = {"validation": found}, fitted
     if rows["test"]:
         best["test"] = score(labels["test"], chosen.predict(features["test"]))

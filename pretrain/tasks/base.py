@@ -129,13 +129,15 @@ class Task(ABC):
         """
         total, count = 0.0, 0.0
         said: dict[int, Any] = {}
-        for numbers in _batches(examples, ranks, self.tokens_a_batch):
+        for numbers, own in _turns(examples, ranks, self.tokens_a_batch):
             look()
             arrays = self.collate([examples[number] for number in numbers])
             batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
             labels = batch.pop("labels")
             with torch.no_grad():
                 outputs = model(**self.given(model, batch, labels))
+                if not own:
+                    continue
                 total += float(self.loss(outputs, labels))
             count += float((labels != -100).sum())
             said |= zip(numbers, self.predictions(outputs, {**batch, "labels": labels}), strict=True)
@@ -153,13 +155,21 @@ class Task(ABC):
         return self.evaluate(model, rows, examples, device, Ranks.alone())
 
 
-def _batches(examples: Sequence[Example], ranks: Ranks, tokens: int) -> Iterator[list[int]]:
-    """Numbers of this process's examples, those of like length together."""
-    order = sorted(range(len(examples)), key=lambda number: -examples[number].length)[ranks.rank :: ranks.world]
+def _turns(examples: Sequence[Example], ranks: Ranks, tokens: int) -> Iterator[tuple[list[int], bool]]:
+    """Numbers of a batch of examples of like length, and whether it is this process's own.
+
+    Every process has equally many turns, as those of a sharded engine meet in each pass: one that has no batch left
+    passes the first one again, for nothing.
+    """
+    order = sorted(range(len(examples)), key=lambda number: -examples[number].length)
+    batches = []
     while order:
         size = max(1, tokens // max(1, examples[order[0]].length))
-        yield order[:size]
+        batches.append(order[:size])
         order = order[size:]
+    for start in range(0, len(batches), ranks.world):
+        mine = start + ranks.rank
+        yield (batches[mine], True) if mine < len(batches) else (batches[0], False)
 
 
 def pad_id(tokenizer: Any) -> int:

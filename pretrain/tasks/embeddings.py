@@ -100,20 +100,25 @@ class Embeddings(Task):
 
     def predictions(self, outputs: Any, batch: Mapping[str, Tensor]) -> Sequence[Any]:
         """The vectors of a row's texts, each of length 1, (texts, hidden)."""
-        return list(F.normalize(outputs.vectors, dim=-1).cpu().numpy())
+        vectors: list[list[list[float]]] = F.normalize(outputs.vectors, dim=-1).cpu().tolist()
+        return vectors
 
     def score(self, rows: Sequence[Row], examples: Sequence[Example], predictions: Sequence[Any]) -> Evaluated:
         """Correlations of the cosines, or ranks of the positives among all of the part."""
-        vectors = np.stack(predictions)  # (N, texts, hidden)
+        vectors = np.array(predictions, dtype=np.float32)  # (N, texts, hidden)
         cosines = (vectors[:, 0] * vectors[:, 1]).sum(-1)
         if self.section.score is not None:
             truth = np.array([float(example.label) for example in examples])
             return Evaluated(metrics.regression(truth, cosines), cosines.tolist())
+        texts = np.unique([rows[example.row].text(self.section.positive) for example in examples], return_inverse=True)[
+            1
+        ]
         places = np.empty(len(vectors), dtype=np.int64)
         for start in range(0, len(vectors), 256):
             near = vectors[start : start + 256, 0] @ vectors[:, 1].T  # (queries, N)
-            own = cosines[start : start + 256, None]
-            places[start : start + 256] = (near > own + 1e-6).sum(1) + 1
+            other = texts[start : start + 256, None] != texts  # the same text is no rival
+            # A candidate as near as the own one stands before it: equal vectors find nothing.
+            places[start : start + 256] = (~(near < cosines[start : start + 256, None] - 1e-6) & other).sum(1) + 1
         scores = {
             "mrr": float(np.mean(1.0 / places)),
             "recall_at_1": float(np.mean(places == 1)),

@@ -14,7 +14,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,10 +43,11 @@ _CONLLU = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "de
 
 @dataclass(frozen=True)
 class Row:
-    """One example: its values by column, and where it stands, for messages."""
+    """One example: its values by column, where it stands, and the names of labels, in order, that its source gives."""
 
     values: Mapping[str, Any]
     where: str
+    names: Mapping[str, Sequence[str] | None] = field(default_factory=dict)
 
     def __getitem__(self, column: Column) -> Any:
         """The value of a column.
@@ -320,7 +321,7 @@ def _hub(entry: str, key: str) -> list[Row]:
     rows = []
     for number, values in enumerate(found):
         plain = {column: _by_name(value, named.get(column)) for column, value in values.items()}
-        rows.append(Row(plain, f"{entry}, row {number + 1}"))
+        rows.append(Row(plain, f"{entry}, row {number + 1}", named))
     return rows
 
 

@@ -62,6 +62,8 @@ class Classification(_Sentences):
                 raise ValueError(f"task.labels: `{path}` cannot be read ({error.strerror}); check the path") from None
         elif section.labels is not None:
             names = list(section.labels)
+        elif rows and not isinstance(section.label, int) and rows[0].names.get(section.label):
+            names = list(rows[0].names[section.label] or ())  # a Hub dataset's own order: F1 is of its second label
         else:
             found = {name for row in rows for name in self._names(row)}
             names = sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
@@ -89,6 +91,8 @@ class Classification(_Sentences):
     def _names(self, row: Row) -> list[str]:
         """The labels of a row, as text."""
         value = row[self.section.label]
+        if value is None:
+            raise ValueError(f"{row.where}: column `{self.section.label}` is empty; give a label, or take the row out")
         if not self.section.multi_label:
             return [str(value).strip()]
         entries = value if isinstance(value, list | tuple) else str(value).split(self.section.label_separator)

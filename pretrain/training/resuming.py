@@ -86,7 +86,7 @@ def _refuse_without_effect(
             f"give a longer one, or this one another name (name={config.name}-2)"
         )
     wanted = [str(change) for change in changes if change.rule.stage == "train"]
-    if wanted and progress.step == progress.total_steps == total_before:
+    if wanted and (progress.given_up or progress.step == progress.total_steps == total_before):
         raise ChangedConfigError(
             f"`{config.directory}` is finished ({progress.step:,} steps), so these would change nothing: "
             f"{'; '.join(wanted)}. Give a longer budget too, or this one another name (name={config.name}-2)"

@@ -262,8 +262,9 @@ class Trainer:
                 self._before_save(progress, metrics)
                 whole = self.saver.save(progress, loss=self._judged(progress), last=done or stop.requested)
                 saved = progress.step if whole is not None else saved
-                if self.patience is not None:  # whether this one is the best is to be known before the next step
-                    self.saver.wait()
+                # With patience, whether this one is the best is to be known before the next step.
+                if self.patience is not None and not self.saver.wait():
+                    saved = None
             self.heartbeat.beat(progress.step, "step")  # waiting for its data belongs to a step
 
         with self._open_metrics(progress) as metrics, self._saves_ended(progress):

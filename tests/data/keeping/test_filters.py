@@ -35,8 +35,8 @@ def test_datatroves_filters_are_known():
         (step("RegexFilter"), "`regex_exp` is missing; RegexFilter needs it"),
         (step("RegexFilter", regex_exp="("), r"data\.filters\[0\] \(RegexFilter\)\.parameters: missing \)"),
         (step("RegexFilter", regex_exp="x", exclusion_writer=1), "no parameter `exclusion_writer`"),
-        (step("LambdaFilter", filter_function="math:isnan"), "cannot judge a document of plain text"),
-        (step("LambdaFilter", filter_function="math:nothing"), "the module 'math' has no 'nothing'"),
+        (step("LambdaFilter", filter_function="numpy:isnan"), "cannot judge a document of plain text"),
+        (step("LambdaFilter", filter_function="numpy:nothing"), "the module 'numpy' has no 'nothing'"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_key(wanted, message):

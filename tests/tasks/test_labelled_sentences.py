@@ -115,6 +115,15 @@ def test_labels_by_name_number_and_file(tmp_path: Any) -> None:
     rows = rows_of(["0,2", "fear", ""])
     named.fit(rows)
     assert [example.label.tolist() for example in named.encode(rows, training=True)] == [[1, 0, 1], [0, 1, 0], [0] * 3]
+    hub = [
+        Row({"text": "a", "label": name}, "hub", {"label": ["not_equal", "equal"]}) for name in ("equal", "not_equal")
+    ]
+    found.fit(hub)
+    assert found.labels == ["not_equal", "equal"]  # the data set's own order: F1 is of the second
+    with pytest.raises(ValueError, match="the label `-1` is none of the 2 known ones"):
+        found.label_of(Row({"text": "a", "label": -1}, "hub", hub[0].names))
+    with pytest.raises(ValueError, match="column `label` is empty"):
+        found.label_of(Row({"text": "a", "label": None}, "a:1"))
     with pytest.raises(ValueError, match=r"a\.tsv:2: the label `grief` is none of the 3 known ones"):
         named.encode(rows_of(["grief"]), training=False)
     with pytest.raises(ValueError, match=r"names\.txt2"):
