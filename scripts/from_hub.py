@@ -159,7 +159,7 @@ def run_lines(card: str) -> str:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(lines[1], "README.md", "exec"), {"__name__": "card"})
-    except Exception as error:
+    except Exception as error:  # whatever the lines end with is what this reports
         return f"the card's lines end with {type(error).__name__}: {error}"
     return ""
 

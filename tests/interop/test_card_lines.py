@@ -46,7 +46,7 @@ for name, code in json.load(open("cases.json")).items():
         with contextlib.redirect_stdout(out):
             exec(compile(code, name, "exec"), names)
         said[name] = [type(names["model"]).__name__, out.getvalue()]
-    except Exception as error:
+    except Exception as error:  # whatever it is, the test of this card tells it
         said[name] = [repr(error), None]
 json.dump(said, open("said.json", "w"))
 """
