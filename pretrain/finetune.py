@@ -194,7 +194,7 @@ class _Seed:
         ranks.on_main(self._write_tokenizer)
         model, new = read_model(config.model, self.task, config.train.seed, trust_remote_code=self.trust_remote_code)
         check_length(model, config.row_tokens, str(config.model.from_))
-        prepare_passes(model, config.train)
+        prepare_passes(model, config.train, self.job.device, config.row_tokens)
         install(model, self.task)
         if config.model.adapters is not None:
             model = add_adapters(model, new, config.model.adapters, config.train.seed)
