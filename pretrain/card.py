@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.cards.curve import FILE as CURVE
 from pretrain.cards.curve import draw_curve
 from pretrain.cards.facts import Facts, gather
 from pretrain.cards.loading import PLACE
-from pretrain.cards.metadata import evaluation_files, metadata
+from pretrain.cards.metadata import evaluation_files, is_ours, metadata
 from pretrain.cards.scores import read_scores
 from pretrain.cards.tuned import read_tuning, refuse_another_model
 from pretrain.cards.words import cell
@@ -25,9 +26,10 @@ from pretrain.files import (
     MANIFEST,
     ArtifactError,
     make_directories,
+    manifest_bytes,
     read_manifest,
+    sha256_file,
     update_file,
-    write_manifest,
 )
 
 CARD = "README.md"
@@ -95,11 +97,13 @@ def write_card(
         picture = draw_curve(facts.run.curves, facts.run.evaluations, f"{facts.title}: loss")
     if picture is not None:
         update_file(directory / CURVE, picture.encode())
-    for name, text in evaluation_files(facts).items():
+    results = evaluation_files(facts)
+    for name, text in results.items():
         make_directories(directory / _RESULTS)
         update_file(directory / _RESULTS / name, text.encode())
     update_file(path, card_text(facts, CURVE if picture is not None else None).encode())
-    _renew_manifest(directory)
+    written = [CARD, *(f"{_RESULTS}/{name}" for name in results), *([CURVE] if picture is not None else [])]
+    _renew_manifest(directory, written, _remove_old(directory, written))
     return path
 
 
@@ -165,12 +169,30 @@ def _refuse_another(directory: Path, run: Path, checkpoint: Path | None) -> None
         )
 
 
-def _renew_manifest(directory: Path) -> None:
-    """Bring the digests of an export up to date."""
+def _remove_old(directory: Path, written: Collection[str]) -> list[str]:
+    """Remove the picture and the scores of an earlier card; files of results that others have made stay."""
+    folder = directory / _RESULTS
+    ours = [path for path in folder.glob("*.yaml") if path.is_file() and is_ours(path)]
+    names = [CURVE, *(f"{_RESULTS}/{path.name}" for path in ours)]
+    old = [name for name in names if name not in written and (directory / name).is_file()]
+    for name in old:
+        (directory / name).unlink()
+    if old and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    return old
+
+
+def _renew_manifest(directory: Path, written: Iterable[str], removed: Collection[str]) -> None:
+    """Bring what was written and removed here up to date in the manifest of an export.
+
+    The other files' stay: a file that somebody has put beside the model, or altered, is none of the export's.
+    """
     if not (directory / MANIFEST).is_file():
         return
     try:
         made = read_manifest(directory, "export")
     except ArtifactError:
         return
-    write_manifest(directory, kind="export", config=made.config, inputs=made.inputs, facts=made.facts)
+    kept = {name: digest for name, digest in made.files.items() if name not in removed}
+    files = kept | {name: sha256_file(directory / name) for name in written}
+    update_file(directory / MANIFEST, manifest_bytes(replace(made, files=dict(sorted(files.items())))))

@@ -25,12 +25,19 @@ from pretrain.interop.published import CODE
 from pretrain.model_dir import write_model
 from pretrain.model_reading import read_config
 from pretrain.publishing import origins
-from pretrain.publishing.contents import CARD, Piece, look_into
-from pretrain.publishing.hub import MAIN, Hub, PublishError, Repository, check_repository_name
-from pretrain.publishing.leaks import holds_token
+from pretrain.publishing.contents import CARD, Piece, look_into, refuse_adapters_alone
+from pretrain.publishing.hub import (
+    MAIN,
+    Hub,
+    PublishError,
+    Repository,
+    check_branch_name,
+    check_repository_name,
+)
 from pretrain.publishing.origins import Source
 from pretrain.publishing.record import Origin
 from pretrain.publishing.releases import Plan, Release, check_visibility, plan_release, send_release
+from pretrain.publishing.selection import in_few_words
 from pretrain.training import checkpoint
 
 NOTHING_SENT = 3
@@ -48,6 +55,7 @@ class Wanted:
         steps: whether the checkpoints of the run are published too, as `step-N`.
         step_0: whether the model before its first step is, as `step-0`.
         replace: whether another model that is there may be replaced.
+        also: patterns of files in the model's directory that are not known to be the model's, and go too.
     """
 
     repository: str
@@ -56,6 +64,7 @@ class Wanted:
     steps: bool = False
     step_0: bool = False
     replace: bool = False
+    also: tuple[str, ...] = ()
 
 
 def publish(model: Path, wanted: Wanted, *, yes: bool = False, console: Console | None = None) -> int:
@@ -80,10 +89,15 @@ def publish(model: Path, wanted: Wanted, *, yes: bool = False, console: Console 
 
     with _releases(model, wanted, console) as releases:
         for release in releases:
-            for name in release.contents.stays:
-                say(f"{release.revision}: {name} stays here")
-            if CARD not in {piece.name for piece in release.contents.pieces} and release.revision == wanted.revision:
-                say(f"{release.revision}: there is no model card; write `{release.contents.directory / CARD}`")
+            for line in _staying(release):
+                say(line)
+            sizes = {piece.name: piece.size for piece in release.contents.pieces}
+            if not sizes.get(CARD) and release.revision == wanted.revision:
+                lacking = "is empty" if CARD in sizes else "is missing"
+                say(
+                    f"{release.revision}: the model card {lacking}; `pretrain card {release.contents.directory} "
+                    "--overwrite` writes one"
+                )
         hub = Hub(say)
         user = hub.user()
         repository = hub.repository(wanted.repository)
@@ -114,8 +128,7 @@ def publish(model: Path, wanted: Wanted, *, yes: bool = False, console: Console 
 
 def _check(wanted: Wanted) -> None:
     check_repository_name(wanted.repository)
-    if holds_token(wanted.revision):
-        raise PublishError("--revision holds a token; give the name of a branch")
+    check_branch_name(wanted.revision)
     if (wanted.steps or wanted.step_0) and wanted.revision != MAIN:
         raise PublishError(f"--revision {wanted.revision} names one model, and --steps publishes several; give one")
 
@@ -142,11 +155,12 @@ def _releases(model: Path, wanted: Wanted, console: Console) -> Iterator[list[Re
                 sources.append(("step-0", _before_the_first_step(config, run, workspace, console)))
             if wanted.steps:
                 sources += _checkpoints(config, run, workspace, console)
-        yield [_release(revision, source, wanted.repository) for revision, source in sources]
+        first, *others = sources
+        yield [_release(*first, wanted.repository, wanted.also), *(_release(*one, wanted.repository) for one in others)]
 
 
-def _release(revision: str, source: Source, repository: str) -> Release:
-    contents = look_into(source.directory, source.digests)
+def _release(revision: str, source: Source, repository: str, also: Sequence[str] = ()) -> Release:
+    contents = look_into(source.directory, source.digests, also)
     contents = replace(contents, pieces=tuple(_addressed(piece, repository) for piece in contents.pieces))
     if not contents.config.get("auto_map") or str(contents.config["model_type"]).startswith("loom_"):
         read_config(source.directory)  # whether transformers reads it
@@ -162,6 +176,7 @@ def _source(model: Path, workspace: Path, console: Console) -> Source:
         if source.checkpoint is None:
             return source
         model = source.checkpoint
+    refuse_adapters_alone(model)
     if origins.is_checkpoint(model):
         return _exported(origins.of_checkpoint(model), workspace / "main", console)
     newest = model_directory(model).parent
@@ -241,6 +256,18 @@ def _addressed(piece: Piece, repository: str) -> Piece:
 
 
 # --- what a person sees ---------------------------------------------------------------------------------------------
+
+
+def _staying(release: Release) -> Iterator[str]:
+    """A line for what never leaves, and one for what does when somebody asks."""
+    selection = release.contents.selection
+    if selection.never:
+        yield f"{release.revision}: never sent: {', '.join(in_few_words(selection.never))}"
+    if selection.unknown:
+        yield (
+            f"{release.revision}: left out, as they are not known to be the model's: "
+            f"{', '.join(in_few_words(selection.unknown))}; --also NAME (or '*.txt') sends one too"
+        )
 
 
 def plan_table(plan: Plan) -> Table:

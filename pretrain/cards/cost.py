@@ -16,43 +16,55 @@ from pretrain.cards.facts import Facts, Run
 from pretrain.planning.gpus import gpu_of_driver
 
 WATTS_A_CORE = 12.0
-"""Of a CPU whose power is not known: the mean that Lannelongue et al. 2021 (Green Algorithms) take."""
-WATTS_OF_UNKNOWN_GPU = 400.0
+"""Of a CPU whose power is not known: the entry "Any" of the table TDP_cpu.csv of Green Algorithms (Lannelongue et al.
+2021, github.com/GreenAlgorithms/green-algorithms-tool)."""
+WATTS_OF_UNKNOWN_GPU = 400.0  # nobody's figure: that of an A100, the middle of the table below
 OVERHEAD = 1.56
-"""Power usage effectiveness: the mean that data centres reported in the Uptime Institute's survey of 2024."""
-# Board power by the data sheets, in the order and by the names of `planning.gpus`.
+"""Power usage effectiveness: the mean that operators reported of their largest data centre in the Uptime Institute's
+Global Data Center Survey 2024; the default of Green Algorithms too (defaults_PUE.csv, which cites the report)."""
+# The highest board power that is published for each, by the names and in the order of `planning.gpus`. Read in the
+# makers' own papers where one is named without "as told by"; the others were found in pages that quote them.
 WATTS: Mapping[str, float] = {
-    "GB200": 1200,
-    "B200": 1000,
+    "GB200": 1200,  # NVIDIA Blackwell architecture brief, as told by glennklockwood.com: up to 1,200 W a GPU
+    "B200": 1000,  # the same: 1,000 W on an HGX B200; also docs.vultr.com
     "GH200": 700,
-    "H200 NVL": 600,
-    "H200": 700,
-    "H100 NVL": 400,
-    "H100 PCIe": 350,
-    "H100": 700,
-    "H20": 400,
-    "A100": 400,
+    "H200 NVL": 600,  # NVIDIA H200 data sheet, as told by onestopsystems.com
+    "H200": 700,  # NVIDIA's submission to MLPerf Inference 4.1 (H200-SXM-141GBx8): "H200 TGP 700W"
+    "H100 NVL": 400,  # NVIDIA H100 data sheet, as told by onestopsystems.com
+    "H100 PCIe": 350,  # NVIDIA product brief PB-11133-001
+    "H100": 700,  # NVIDIA H100 data sheet, as told by runpod.io: SXM
+    "H20": 400,  # huggingface.co/hardware/h20
+    "A100": 400,  # NVIDIA A100 data sheet (1758950), as told by github.com/mlco2/impact: SXM, either memory
     "A100 40GB": 400,
     "A800": 400,
-    "L40S": 350,
+    "L40S": 350,  # NVIDIA L40S data sheet, as told by sellers; so are the next two
     "L40": 300,
     "L4": 72,
-    "A40": 300,
+    "A40": 300,  # NVIDIA A40 data sheet, as told by sellers
     "A10G": 300,
     "A10": 150,
-    "A6000": 300,
-    "RTX 5090": 575,
+    "A6000": 300,  # techpowerup.com, as told by github.com/mlco2/impact
+    "RTX 5090": 575,  # NVIDIA's specification, as told by gamingpcadvice.com; so are the next two
     "RTX 4090": 450,
     "RTX 4080": 320,
-    "RTX 3090 Ti": 450,
-    "RTX 3090": 350,
+    "RTX 3090 Ti": 450,  # tomshardware.fr
+    "RTX 3090": 350,  # techpowerup.com, as told by github.com/mlco2/impact; so is the next one
     "RTX 3080": 320,
-    "V100": 300,
+    "V100": 300,  # NVIDIA at ISC 2017, as told by hwupgrade.it: SXM2
     "V100 32GB": 300,
-    "T4": 70,
-    "MI300X": 750,
-    "MI250X": 280,
+    "T4": 70,  # NVIDIA T4 data sheet (951643), as told by github.com/mlco2/impact
+    "MI300X": 750,  # AMD's submission to MLPerf Inference 4.1: "MI300X-NPS1-SPX-192GB-750W"
+    "MI250X": 280,  # AMD, as told by zexron.com: 560 W for two dies, each of which torch calls a device
 }
+WATTS_ON_PCIE: Mapping[str, float] = {
+    "A100": 300,  # NVIDIA product brief PB-10577-001, as told by Green Algorithms: 80 GB
+    "A100 40GB": 250,  # NVIDIA A100 data sheet, as told by Green Algorithms
+    "V100": 250,  # as that of the SXM2
+    "V100 32GB": 250,
+}
+"""Of cards that draw less than the modules of the same name."""
+WITHOUT_SOURCE = frozenset({"GH200", "A800", "A10G", "A10"})
+"""Whose power was found nowhere: that of their likes, or, of GH200, a guess at the GPU's share of its module."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +182,17 @@ def _watts(facts: Facts, hardware: Hardware) -> tuple[float, str] | None:
             f"{watts:g} W a process (assumed: {WATTS_A_CORE:g} W a thread, here {hardware.threads}, as Green "
             "Algorithms takes a core whose power is not known)"
         )
-    gpu = gpu_of_driver(hardware.machines[0].partition(",")[0])
-    known = None if gpu is None else WATTS.get(gpu.name)
-    if known is None:
+    device = hardware.machines[0].partition(",")[0].upper()
+    gpu = gpu_of_driver(device)
+    if gpu is None or gpu.name not in WATTS:
         return WATTS_OF_UNKNOWN_GPU, f"{WATTS_OF_UNKNOWN_GPU:g} W a GPU (assumed: its power is not known)"
-    return known, f"{known:g} W a GPU (assumed: all of its board power, by the data sheet)"
+    watts = WATTS[gpu.name]
+    if "PCIE" in device:
+        sized = f"{gpu.name} 40GB" if "40GB" in device else gpu.name
+        watts = WATTS_ON_PCIE.get(sized, watts)
+    if gpu.name in WITHOUT_SOURCE:
+        return watts, f"{watts:g} W a GPU (assumed: nothing published was found of its power)"
+    return watts, f"{watts:g} W a GPU (assumed: all of the board power that is published for it)"
 
 
 def epochs_of(run: Run) -> Mapping[str, float]:

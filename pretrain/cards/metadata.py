@@ -6,6 +6,7 @@ What lives here: which key says what. What must not: prose.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, eval_result_entries_to_yaml
@@ -28,6 +29,8 @@ lgpl-lr deepfloyd-if-license llama2 gemma unknown other
 LICENSES = frozenset(_LICENSES.split())
 """The Hub's identifiers of licences (hub-docs, repositories-licenses); another one goes by `other` and its name."""
 
+OURS = "# Made by `pretrain card`, which removes it when the card no longer has these scores.\n"
+"""The first line of our files of evaluation results."""
 
 _METRICS = frozenset(
     {
@@ -104,7 +107,13 @@ def _base(facts: Facts) -> str | None:
 def evaluation_files(facts: Facts) -> dict[str, str]:
     """The files of `.eval_results`, by name."""
     entries = benchmark_entries(facts.scores)
-    return {f"{name}.yaml": _plain_yaml(eval_result_entries_to_yaml(found)) for name, found in entries.items()}
+    return {f"{name}.yaml": OURS + _plain_yaml(eval_result_entries_to_yaml(found)) for name, found in entries.items()}
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file of `.eval_results` was made here: others are of people, or of other programs."""
+    with path.open("rb") as file:
+        return file.read(len(OURS)) == OURS.encode()
 
 
 def _plain_yaml(value: Any) -> str:

@@ -1,16 +1,15 @@
 """What is in a model directory, and whether it may leave: every file that would be sent, hashed, and refusals.
 
-What lives here: which files go, which stay, and what is refused (pickles, links that lead out, torn weights, secrets).
-What must not: the Hub.
+What lives here: what is refused (pickles, links that lead out, torn weights, secrets), and the digests of what is sent.
+What must not: the Hub, or which files go (`selection`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.files import ArtifactError, sha256_file
 from pretrain.publishing.leaks import secrets_in
+from pretrain.publishing.selection import INDEX, Selection, is_document, is_of_a_model, refuse_links_outside, select
 
-CONFIG, CARD, INDEX = "config.json", "README.md", "model.safetensors.index.json"
-_STAYS = frozenset({"manifest.json", "pretrain.json", ".DS_Store", "Thumbs.db"})
-_HIDDEN_THAT_GO = frozenset({".eval_results", ".gitattributes"})
-_FOLDERS_THAT_STAY = frozenset({"__pycache__"})
+CONFIG, CARD, ADAPTER = "config.json", "README.md", "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".mar", ".nemo")
 _PICKLED = re.compile(rb"\x80[\x02-\x05]")
 _TEXT_BYTES = 64 << 20  # larger files that are no weights are searched in their first bytes only
@@ -57,13 +54,13 @@ class Contents:
     Attributes:
         directory: the model directory.
         pieces: the files that go, by name in order.
-        stays: names of the files that are there and do not go.
+        selection: what stays, and why.
         config: what `config.json` says.
     """
 
     directory: Path
     pieces: tuple[Piece, ...]
-    stays: tuple[str, ...]
+    selection: Selection
     config: Mapping[str, Any]
 
     @property
@@ -72,31 +69,37 @@ class Contents:
         return {piece.name: piece.sha256 for piece in self.pieces if piece.name.endswith(_WEIGHTS)}
 
 
-def look_into(directory: Path, digests: Mapping[str, str] | None = None) -> Contents:
+def look_into(directory: Path, digests: Mapping[str, str] | None = None, also: Sequence[str] = ()) -> Contents:
     """Hash and check every file of a model directory that would be sent.
 
     Args:
         directory: the model directory.
-        digests: SHA-256 by name, as they were written down when the files were made; other bytes are refused.
+        digests: SHA-256 by name, as they were written down when the files were made; other bytes are refused, of
+            cards, licences and results excepted. Files that are not among them stay.
+        also: patterns of files that go too.
 
     Raises:
-        ArtifactError: when it is no whole model, or holds what must not leave: a pickle, a link that leads out of it,
-            a secret. Names the file and the remedy, never the secret.
+        ArtifactError: when it is no whole model, or what would be sent must not leave: a pickle, a link that leads out
+            of it, a secret. Names the file and the remedy, never the secret.
     """
     if not directory.is_dir():
         raise ArtifactError(f"`{directory}` is no model directory; give a run, a checkpoint or a model directory")
-    names, stays = _listed(directory)
-    if CONFIG not in names or not any(name.endswith(_WEIGHTS) for name in names):
-        raise ArtifactError(
-            f"`{directory}` holds no whole model: it needs {CONFIG} and weights in .safetensors files; export one first"
-        )
+    selection = select(directory, digests, also)
+    names = list(selection.goes)
+    refuse_links_outside(directory, names)
+    if digests is not None:
+        _refuse_missing(directory, names, digests)
+    _refuse_no_model(directory, names)
     for name in names:
+        if not (directory / name).is_file():
+            raise ArtifactError(f"`{directory / name}` is no file; remove it")
         _refuse_pickle(directory / name, name)
     for name in names:
         if name.endswith(_WEIGHTS):
             _check_weights(directory / name)
         else:
             _refuse_secrets(directory / name, _text_of(directory / name), name)
+            _refuse_torn(directory / name, name)
     config = _check_config(directory, names)
     _check_index(directory, names)
     pieces = tuple(
@@ -104,52 +107,46 @@ def look_into(directory: Path, digests: Mapping[str, str] | None = None) -> Cont
         for name in names
     )
     for piece in pieces:
-        if digests is not None and digests.get(piece.name, piece.sha256) != piece.sha256:
+        known = (digests or {}).get(piece.name, piece.sha256)
+        if known != piece.sha256 and not is_document(piece.name):
             raise ArtifactError(f"`{piece.path}` was altered: its SHA-256 is not the manifest's; make it again")
-    if digests is not None and (missing := sorted(set(digests) - {piece.name for piece in pieces} - _STAYS)):
-        raise ArtifactError(f"`{directory / missing[0]}` is missing, and the manifest names it; make it again")
-    return Contents(directory, pieces, tuple(stays), config)
-
-
-# --- which files ----------------------------------------------------------------------------------------------------
-
-
-def _listed(directory: Path) -> tuple[list[str], list[str]]:
-    """Names of the files that go, and of those that stay."""
-    names: list[str] = []
-    stays: list[str] = []
-    inside = directory.resolve()
-    for folder, folders, files in os.walk(directory):
-        for name in [name for name in folders if not _goes(name, folder=True)]:
-            stays.append((Path(folder) / name).relative_to(directory).as_posix() + "/")
-            folders.remove(name)
-        for name in (*folders, *files):
-            path = Path(folder) / name
-            target = path.resolve()
-            if path.is_symlink() and (target.is_dir() or not target.is_relative_to(inside)):
-                raise ArtifactError(
-                    f"`{path}` is a link to `{target}`; nothing from outside of the directory is sent. Copy what is "
-                    "meant into it (`cp -rL`)"
-                )
-        for name in files:
-            path = Path(folder) / name
-            found = path.relative_to(directory).as_posix()
-            if not _goes(name, folder=False):
-                stays.append(found)
-            elif not path.is_file():
-                raise ArtifactError(f"`{path}` is no file; remove it")
-            else:
-                names.append(found)
-    return sorted(names), sorted(stays)
-
-
-def _goes(name: str, *, folder: bool) -> bool:
-    if name.startswith("."):
-        return name in _HIDDEN_THAT_GO
-    return name not in (_FOLDERS_THAT_STAY if folder else _STAYS)
+    return Contents(directory, pieces, selection, config)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_missing(directory: Path, names: Sequence[str], digests: Mapping[str, str]) -> None:
+    for name in sorted(set(digests) - set(names)):
+        if not is_document(name) and not (directory / name).is_file():
+            raise ArtifactError(f"`{directory / name}` is missing, and the manifest names it; make it again")
+
+
+def _refuse_no_model(directory: Path, names: Sequence[str]) -> None:
+    weights = any(name.endswith(_WEIGHTS) for name in names)
+    if CONFIG in names and weights:
+        return
+    refuse_adapters_alone(directory)
+    held = "no whole model"
+    if not weights and any(directory.glob("pytorch_model*.bin")):
+        held = "weights as a pickle alone, which runs code when it is loaded"
+    raise ArtifactError(
+        f"`{directory}` holds {held}: it needs {CONFIG} and weights in .safetensors files; export one first "
+        "(`pretrain export DIRECTORY OUT`, or `save_pretrained` of transformers)"
+    )
+
+
+def refuse_adapters_alone(directory: Path) -> None:
+    """Refuse the directory of a LoRA.
+
+    Raises:
+        ArtifactError: names the remedy.
+    """
+    if (directory / ADAPTER).is_file() and not (directory / CONFIG).is_file():
+        raise ArtifactError(
+            f"`{directory}` holds adapters without their model; publish the merged model, which carries them in the "
+            "folder adapter: OUT/NAME, as `pretrain finetune` made it, or merge_and_unload of PEFT"
+        )
 
 
 def _refuse_pickle(path: Path, name: str) -> None:
@@ -165,7 +162,7 @@ def _refuse_pickle(path: Path, name: str) -> None:
         held = "holds a pickle"
     if held:
         raise ArtifactError(
-            f"`{path}` {held}, which runs code when it is loaded; weights are sent as .safetensors alone. Remove it"
+            f"`{path}` {held}, which runs code when it is loaded; weights are sent as .safetensors alone"
         )
 
 
@@ -186,6 +183,19 @@ def _check_weights(path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"`{path}` cannot be read ({error}); make it again") from error
     _refuse_secrets(path, [json.dumps(metadata), *names], path.name)
+
+
+def _refuse_torn(path: Path, name: str) -> None:
+    """A file that a model or its tokenizer is loaded from, and that nothing can be read from."""
+    if not is_of_a_model(name):
+        return
+    if not path.stat().st_size and not name.endswith("merges.txt"):  # of a vocabulary of characters, it may be
+        raise ArtifactError(f"`{path}` is empty, so the model could not be loaded; make it again")
+    if name.endswith(".json"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(f"`{path}` cannot be read ({error}); make it again") from error
 
 
 def _text_of(path: Path) -> Iterator[str]:

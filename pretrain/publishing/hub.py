@@ -19,6 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import default_client_factory, get_session, hf_raise_for_status, set_client_factory
+from huggingface_hub.utils._validators import validate_repo_id
 
 from pretrain.publishing.contents import Piece
 from pretrain.publishing.leaks import holds_token, redact_library, without_secrets
@@ -39,7 +41,8 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 
 _LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 _CHUNK = 500  # paths of one question
 
 # The class of all failures of the HTTP library, whichever one huggingface_hub is built on (httpx, httpx2).
@@ -95,8 +98,26 @@ def check_repository_name(name: str) -> str:
             "the repository's name holds a token or a password; give OWNER/NAME, and the token by `hf auth login` or "
             "the variable HF_TOKEN alone"
         )
-    if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name:
-        raise PublishError(f"repository `{without_secrets(name)}`: write OWNER/NAME, for example my-name/my-model")
+    written = f"repository `{without_secrets(name)}`: write OWNER/NAME, for example my-name/my-model"
+    if not _REPOSITORY.fullmatch(name):
+        raise PublishError(written)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise PublishError(f"{written} ({error})") from error
+    return name
+
+
+def check_branch_name(name: str) -> str:
+    """Refuse what git, or the Hub, takes for no branch; a token in it is not repeated.
+
+    Raises:
+        PublishError: says what is expected.
+    """
+    if holds_token(name):
+        raise PublishError("--revision holds a token; give the name of a branch")
+    if not _BRANCH.fullmatch(name) or ".." in name or name.startswith("refs/") or name.endswith((".", ".lock")):
+        raise PublishError(f"--revision {name}: give the name of a branch, letters, digits, - _ . and /: v2, step-1000")
     return name
 
 

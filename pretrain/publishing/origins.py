@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import MANIFEST, ArtifactError, read_manifest
+from pretrain.files import MANIFEST, ArtifactError, Manifest, read_manifest
 from pretrain.publishing.record import RECORD, Origin, Record
 
 TRAINER = "trainer.json"
@@ -117,10 +117,25 @@ def of_directory(directory: Path) -> Source:
     if place.name == "export" and is_run(place.parent) and (directory / MANIFEST).is_file():
         manifest = read_manifest(directory, "export")
         return Source(directory, _of_export(place.parent, manifest.inputs), place.parent, manifest.files)
+    own = _own_manifest(directory)
     record = None
     if (directory / RECORD).is_file():
         record = Record.read((directory / RECORD).read_bytes())
-    return Source(directory, record.origin if record is not None else Origin())
+    origin = record.origin if record is not None else Origin()
+    return Source(directory, origin, digests=None if own is None else own.files)
+
+
+def _own_manifest(directory: Path) -> Manifest | None:
+    """The manifest of an export that lies elsewhere than in its run; None where another library's lies, or none.
+
+    Raises:
+        ArtifactError: when it is an export's, and cannot be read.
+    """
+    try:
+        found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return read_manifest(directory, "export") if isinstance(found, dict) and found.get("kind") == "export" else None
 
 
 def _of_export(run: Path, inputs: dict[str, str]) -> Origin:

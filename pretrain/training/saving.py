@@ -16,6 +16,7 @@ what is lost.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import time
@@ -49,6 +50,7 @@ PATIENCE_SECONDS = 30.0
 
 _SECONDS_BETWEEN_TRIES = 2.0
 _WORTH_SAYING = 0.5  # seconds that training waited for the save before
+_FULL = (None, errno.ENOSPC, errno.EDQUOT)  # None: of another rank, told in words alone
 
 
 class NotSavedError(ValueError):
@@ -315,6 +317,9 @@ class Saver:
         """What follows from a failed try: `go on` training, try again at `once` or after a `wait`, or it is `lost`."""
         message = self._not_saved(save, error)
         if not save.last and self.config.checkpoint.on_error == "keep-going":
+            if deadline is None and error.errno in _FULL and self._give_up_pushes():
+                self._say(f"{message} Trying again.")
+                return "once", ""
             self._say(f"{message} Training goes on; the next save tries again.")
             return "go on", ""
         if deadline is None:
@@ -358,10 +363,15 @@ class Saver:
         except (OSError, ArtifactError) as error:
             self._say(f"no room was made: {error}")
             return False
-        if self.publisher is not None:
-            removed += self.publisher.give_up()
         for name in removed:
             self._say(f"removed {name} to make room for the last checkpoint")
+        return self._give_up_pushes() or bool(removed)
+
+    def _give_up_pushes(self) -> bool:
+        """Remove what waits to be published, which takes only the room that no checkpoint needs."""
+        removed = [] if self.publisher is None else self.publisher.give_up()
+        for name in removed:
+            self._say(f"removed {name} to make room for a checkpoint")
         return bool(removed)
 
     def _say(self, line: str) -> None:
@@ -389,7 +399,12 @@ class Saver:
             ArtifactError: with the numbers and the remedy.
         """
         keep, one = self.config.checkpoint.keep, self.checkpoint_bytes()
-        self.place.check_space(progress, one=one, keep=keep, save_every=save_every, judged=judged)
+        try:
+            self.place.check_space(progress, one=one, keep=keep, save_every=save_every, judged=judged)
+        except ArtifactError:
+            if not self._give_up_pushes():
+                raise
+            self.place.check_space(progress, one=one, keep=keep, save_every=save_every, judged=judged)
 
     # --- going on ---------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData, constants, parse_eval_resu
 from typer.testing import CliRunner
 
 from pretrain.card import CARD, write_card
-from pretrain.cards.cost import OVERHEAD, WATTS, WATTS_A_CORE
+from pretrain.cards.cost import OVERHEAD, WATTS, WATTS_A_CORE, WATTS_ON_PCIE, WITHOUT_SOURCE
 from pretrain.cards.curve import FILE as CURVE
 from pretrain.cards.places import hub_name, public
 from pretrain.cli import app
@@ -106,6 +106,25 @@ def test_a_score_on_a_benchmark_of_the_hub_gets_a_file_of_its_own(run: Path, tmp
     assert entry.date == "2026-11-21T12:00:00+00:00"
     assert "5 shots" in str(entry.notes)
     assert "0.25 ± 0.01" in section((run / "export" / CARD).read_text(), "Scores")
+
+
+def test_scores_that_a_card_no_longer_has_leave_no_file(run: Path, tmp_path: Path) -> None:
+    """Nor does the picture; what others wrote there stays."""
+    export = run / "export"
+    write_card(export, run, scores=[harness(tmp_path / "scores.json")])
+    theirs = export / ".eval_results" / "mine.yaml"
+    theirs.write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n")
+    (run / "train" / "metrics.jsonl").write_text("")
+    write_card(export, run, overwrite=True)
+    assert [path.name for path in (export / ".eval_results").iterdir()] == ["mine.yaml"]
+    assert not (export / CURVE).exists()
+    theirs.unlink()
+    write_card(export, run, scores=[harness(tmp_path / "scores.json")], overwrite=True)
+    assert "arc_easy.yaml" in {path.name for path in (export / ".eval_results").iterdir()}
+    verify_manifest(export, read_manifest(export, "export"))
+    write_card(export, run, overwrite=True)
+    assert not (export / ".eval_results").exists()
+    verify_manifest(export, read_manifest(export, "export"))
 
 
 def test_a_licence_that_the_hub_does_not_list_goes_by_its_name(run: Path) -> None:
@@ -208,6 +227,26 @@ def test_hours_are_counted_by_the_processes_of_each_start(tmp_path: Path) -> Non
 
 def test_every_gpu_has_a_power() -> None:
     assert set(WATTS) == {gpu.name for gpu in GPUS}
+    assert set(WATTS_ON_PCIE) | WITHOUT_SOURCE <= set(WATTS)
+    assert all(WATTS_ON_PCIE[name] < WATTS[name] for name in WATTS_ON_PCIE)
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "400 W a GPU (assumed: all of the board power that is published for it)"),
+        ("NVIDIA A100 80GB PCIe", "300 W a GPU (assumed: all of"),
+        ("NVIDIA A100-PCIE-40GB", "250 W a GPU (assumed: all of"),
+        ("Tesla V100-PCIE-16GB", "250 W a GPU (assumed: all of"),
+        ("NVIDIA H100 PCIe", "350 W a GPU (assumed: all of"),
+        ("NVIDIA GH200 480GB", "700 W a GPU (assumed: nothing published was found of its power)"),
+        ("NVIDIA X9000", "400 W a GPU (assumed: its power is not known)"),
+    ],
+)
+def test_the_power_of_a_gpu_says_where_it_comes_from(tmp_path: Path, device: str, told: str) -> None:
+    run = write_run(tmp_path / "river", starts=[START | {"machine": f"{device}, torch 2.13.0"}])
+    card = write_card(run / "export", run).read_text()
+    assert f" kWh: {told}" in row(card, "Training", "energy, an estimate")
 
 
 def test_what_a_run_did_not_keep_is_unknown_and_never_made_up(tmp_path: Path) -> None:
@@ -375,6 +414,17 @@ def test_the_manifest_of_an_export_holds_its_card(run: Path) -> None:
     assert {CARD, CURVE} <= set(after.files)
     assert after.inputs == before.inputs
     verify_manifest(run / "export", after)
+
+
+def test_a_card_makes_no_strange_file_the_exports_own(run: Path) -> None:
+    """Nor an altered one a whole one."""
+    before = read_manifest(run / "export", "export").files
+    (run / "export" / "notes.txt").write_text("of mine")
+    (run / "export" / "config.json").write_text(json.dumps({**SHAPE, "altered": True}))
+    write_card(run / "export", run)
+    after = read_manifest(run / "export", "export").files
+    assert set(after) - set(before) == {CARD, CURVE}
+    assert {name: after[name] for name in before} == before
 
 
 def test_a_card_that_is_there_is_kept(run: Path) -> None:

@@ -212,7 +212,7 @@ def test_the_lines_run_as_they_stand(place: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-P", "-c", RUNNER]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root, env=environment, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MISSING" not in done.stderr, done.stderr[-3000:]  # weights that transformers had to draw
     said = json.loads((root / "said.json").read_text())

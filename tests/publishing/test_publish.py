@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pretrain.files import ArtifactError, write_manifest
 from pretrain.publish import NOTHING_SENT, Wanted, publish
 from pretrain.publishing.hub import Hub, HubUnreachableError, PublishError
 from tests.local_hub import READER, WRITER, Fault, LocalHub
@@ -72,6 +73,35 @@ def test_one_private_commit_holds_every_file(server: LocalHub, model: Path) -> N
     assert not [one for one in server.requests[again:] if "commit/" in one.path or one.method == "PUT"]
 
 
+def test_files_that_are_not_the_models_are_told_and_left_out(server: LocalHub, model: Path) -> None:
+    (model / "notes.txt").write_text("what I think of my boss")
+    (model / "wandb").mkdir()
+    (model / "wandb" / "log.txt").write_text("x")
+    (model / ".env").write_text("x")
+    shown = said(model)
+    assert "main: never sent: .env" in shown
+    assert "known to be the model's: notes.txt, wandb/ (1 file); --also" in shown
+    assert not {"notes.txt", "wandb/log.txt", ".env"} & set(held(server))
+    shown = said(model, also=("notes.txt",))
+    assert "wandb/ (1 file)" in shown
+    assert held(server)["notes.txt"] == b"what I think of my boss"
+    assert "is removed" in said(model)
+    assert "notes.txt" not in held(server)
+
+
+def test_an_export_that_was_moved_still_goes_by_its_manifest(server: LocalHub, model: Path) -> None:
+    write_manifest(model, kind="export", config={})
+    (model / "vocab.txt").write_text("of another model")
+    assert "vocab.txt; --also" in said(model)
+    assert "vocab.txt" not in held(server)
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="was altered"):
+        said(model)
+    (model / "manifest.json").write_text('{"kind": "of another library"}')
+    said(model)
+    assert "vocab.txt" in held(server)
+
+
 def test_public_has_to_be_said(server: LocalHub, model: Path) -> None:
     server.repositories.create(REPO, private=False)
     with pytest.raises(PublishError, match="--public"):
@@ -83,12 +113,12 @@ def test_public_has_to_be_said(server: LocalHub, model: Path) -> None:
 
 def test_a_revision_begins_empty(server: LocalHub, model: Path, tmp_path: Path) -> None:
     """What lies on main is not in another revision."""
-    (model / "notes.txt").write_text("of main")
+    (model / "LICENSE").write_text("of main")
     said(model)
-    (model / "notes.txt").unlink()
+    (model / "LICENSE").unlink()
     said(model, revision="v2")
-    assert "notes.txt" in held(server)
-    assert "notes.txt" not in held(server, "v2")
+    assert "LICENSE" in held(server)
+    assert "LICENSE" not in held(server, "v2")
 
 
 def test_replacing_leaves_nothing_of_the_other_model(server: LocalHub, model: Path, tmp_path: Path) -> None:
@@ -200,13 +230,41 @@ def test_a_wrong_token_is_refused_and_not_repeated(
 
 
 @pytest.mark.parametrize(
-    "repository", [WRITER, f"local/{WRITER}", f"https://u:{WRITER}@huggingface.co/a/b", "a", "a/../b"]
+    "repository",
+    [
+        *(WRITER, f"local/{WRITER}", f"https://u:{WRITER}@huggingface.co/a/b", "", "a", "a b", "a/../b", "x/y/z", "/b"),
+        *("local/", "local/..", "local/a--b", "local/x.git", "local/x.", "local/x-", "local/a名", "local/" + "x" * 100),
+    ],
 )
 def test_a_repository_is_owner_and_name(server: LocalHub, model: Path, repository: str) -> None:
     with pytest.raises(PublishError, match="OWNER/NAME") as refused:
         said(model, repository=repository)
     assert WRITER not in str(refused.value)
     assert not server.requests
+
+
+@pytest.mark.parametrize("revision", ["", "a b", "refs/pr/1", "a..b", "-x", "x.lock", "x/", "a~1", "版本"])
+def test_a_revision_is_a_branch(server: LocalHub, model: Path, revision: str) -> None:
+    with pytest.raises(PublishError, match="name of a branch"):
+        said(model, revision=revision)
+    assert not server.requests
+    said(model, yes=False, code=NOTHING_SENT, revision="v2.1/best_one")
+
+
+def test_a_directory_of_adapters_is_told_from_a_model(server: LocalHub, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match="adapters without their model"):
+        said(tmp_path / "lora")
+
+
+def test_a_card_that_is_missing_or_empty_is_told(server: LocalHub, model: Path) -> None:
+    assert "the model card is missing; `pretrain card " in said(model, yes=False, code=NOTHING_SENT)
+    (model / "README.md").write_text("")
+    assert "the model card is empty" in said(model, yes=False, code=NOTHING_SENT)
+    (model / "README.md").write_text("# mine")
+    assert "model card" not in said(model, yes=False, code=NOTHING_SENT)
 
 
 def test_a_token_in_the_endpoint_is_refused(server: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,12 +29,14 @@ from test_trainer import config as toy_config
 
 from pretrain.config import RunConfig
 from pretrain.files import ArtifactError, HashingWriter
+from pretrain.publishing.background import Publisher, Target, waiting_in
 from pretrain.ranks import LostRankError, Ranks
 from pretrain.train import build_trainer
 from pretrain.training import checkpoint, saving
 from pretrain.training.checkpoint_files import Content
 from pretrain.training.metrics import JsonLines
 from pretrain.training.places import Shared
+from pretrain.training.progress import Progress
 from pretrain.training.saving import NotSavedError, Saver, _Save
 from tests.gpu.synthetic import make_run
 
@@ -231,6 +233,56 @@ def test_the_last_save_makes_room_among_its_own(
     losses, said = train(config)
     assert "removed step-00000002 to make room for the last checkpoint" in said
     assert (losses, weights(config)) == oracle
+
+
+def waiting_push(config: RunConfig, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Publisher:
+    """A publisher whose Hub takes nothing, with one model that waits since an earlier start."""
+    monkeypatch.setattr(Publisher, "_start", lambda self, **_: None)
+    publisher = Publisher(config.directory / "train" / "publish", Target("a/b"), None, 0.0, said.append)
+    folder = publisher.spool / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"x")
+    mark = {"step": 1, "tokens": 1, "run_id": "before", "digests": {}}
+    folder.with_suffix(".json").write_text(json.dumps(mark))
+    return publisher
+
+
+def test_what_waits_to_be_published_makes_room_for_a_checkpoint(
+    tmp_path: Path,
+    oracle: tuple[list[Any], bytes],
+    fill: Callable[[Callable[[Path], bool]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Hub that is away costs no save: the disk is full as long as the model of step 1 waits."""
+    config = small_run(tmp_path)
+    said = io.StringIO()
+    trainer = build_trainer(config, console=Console(file=said, width=10_000))
+    trainer.saver.publisher = waiting_push(config, [], monkeypatch)
+    first = trainer.saver.publisher.spool / "step-00000001"
+    fill(lambda path: "step-00000004" in str(path) and first.exists())
+    trainer.train()
+    assert "step 4 was not saved: No space left on device" in said.getvalue()
+    assert "removed step-00000001 of what waits to be published to make room for a checkpoint" in said.getvalue()
+    assert weights(config) == oracle[1]
+    whole = [path.name for path in checkpoint.list_checkpoints(config.directory / "train")]
+    assert "step-00000004" in whole, "the save was tried again at once"
+    waiting = [one.step for one in waiting_in(trainer.saver.publisher.spool)]
+    assert waiting == [4, 6], "what is saved later waits again"
+
+
+def test_what_waits_to_be_published_refuses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_run(tmp_path)
+    trainer = build_trainer(config, console=Console(quiet=True))
+    publisher = trainer.saver.publisher = waiting_push(config, [], monkeypatch)
+    one = trainer.saver.checkpoint_bytes()
+
+    def room(path: str) -> DiskUsage:
+        return DiskUsage(10 * one, 0, 3 * one - (1 if waiting_in(publisher.spool) else 0))
+
+    monkeypatch.setattr(shutil, "disk_usage", room)
+    progress = Progress(run_id="run", total_steps=6)
+    trainer.saver.check_space(progress, save_every=2, judged=False)
+    assert not waiting_in(publisher.spool)
 
 
 def test_too_little_room_is_refused_before_step_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
