@@ -121,6 +121,9 @@ _UNKNOWN = Rule(STAGES[0], "refused", "no rule says what it touches")
 # Attention dropout draws from a generator, in the order of the forward passes; hidden dropout by the row alone.
 _DRAWN = Rule(None, "allow", "attention dropout draws other masks in another split or by another kernel")
 _DRAWS = frozenset(f"train.{key}" for key in ("micro_batch", "processes", "strategy", "attention", "compile"))
+# Where rows meet in a forward pass, which of them do is part of the loss.
+_MEETING = Rule("train", "refused", "the other rows of a process's micro-batch are part of the loss")
+_MEETS = frozenset({"train.micro_batch", "train.processes"})
 # Keys that come and go with another one are allowed with it.
 _COMPANIONS = {"schedule.decay": "schedule.kind"}
 
@@ -133,17 +136,21 @@ class ChangedConfigError(ConfigError):
 class Change:
     """A key that differs; None stands for a key that is not given.
 
-    `drawn` says that the model has attention dropout, whose draws depend on more keys than its training does.
+    `drawn` says that the model has attention dropout, whose draws depend on more keys than its training does, and
+    `meets` that a row's loss depends on the others of its micro-batch.
     """
 
     key: str
     before: Any
     after: Any
     drawn: bool = False
+    meets: bool = False
 
     @property
     def rule(self) -> Rule:
         """What the change does. A micro-batch of `auto` is the checkpoint's."""
+        if self.meets and self.key in _MEETS and None not in (self.before, self.after):
+            return _MEETING
         kept = self.key == "train.micro_batch" and self.after == "auto"
         return _DRAWN if self.drawn and self.key in _DRAWS and not kept else rule_of(self.key)
 
@@ -179,7 +186,7 @@ def changed_keys(old: Mapping[str, Any], config: LoopConfig, attention_dropout: 
     changes = difference(old, new)
     if "data.train" in changes:
         changes |= _changed_sources(*changes.pop("data.train"))
-    return [Change(key, before, after, drawn) for key, (before, after) in changes.items()]
+    return [Change(key, before, after, drawn, config.rows_meet) for key, (before, after) in changes.items()]
 
 
 def _is_drawn(config: LoopConfig, attention_dropout: float | None) -> bool:
@@ -238,7 +245,7 @@ def changes_at_resume(
     changes = changed_keys(old, config, attention_dropout)
     if processes is not None and processes[0] != processes[1]:
         changes = [change for change in changes if change.key != "train.processes"]
-        changes.append(Change("train.processes", *processes, _is_drawn(config, attention_dropout)))
+        changes.append(Change("train.processes", *processes, _is_drawn(config, attention_dropout), config.rows_meet))
     _refuse([change for change in changes if not change.allowed_by(allow)], config)
     return changes
 

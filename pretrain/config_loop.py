@@ -173,6 +173,11 @@ class LoopConfig(Section):
         return self.rows_per_batch * self.row_tokens
 
     @property
+    def rows_meet(self) -> bool:
+        """Whether a row's loss depends on which others share its forward pass: another split is another loss."""
+        return False
+
+    @property
     @abstractmethod
     def save_every(self) -> str | int:
         """How often the training is saved."""

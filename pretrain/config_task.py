@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, PrivateAttr, StrictBool, model_validator
 
 from pretrain.config import load_as
 from pretrain.config_loop import (
@@ -257,10 +257,24 @@ class TuningConfig(LoopConfig):
             )
         return self
 
+    _inputs: int = PrivateAttr(default=1)
+
+    def with_inputs(self, inputs: int) -> TuningConfig:
+        """The same, told how many inputs an example is at most: the choices of a row, the texts of a pair."""
+        told = self.model_copy()
+        told._inputs = inputs
+        return told
+
     @property
     def row_tokens(self) -> int:
-        """Token positions of an example, at most: `task.max_length`."""
-        return self.task.max_length
+        """Token positions of an example, at most: of all its inputs, and of the text that is written."""
+        written = self.task.max_target_length if isinstance(self.task, TextTask) else 0
+        return self.task.max_length * self._inputs + written
+
+    @property
+    def rows_meet(self) -> bool:
+        """Of sentence vectors without scores: the other texts of a micro-batch are what a row is told from."""
+        return isinstance(self.task, EmbeddingTask) and self.task.score is None
 
     @property
     def rows_per_batch(self) -> int:

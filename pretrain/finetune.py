@@ -32,11 +32,11 @@ from pretrain.config_task import TuningConfig
 from pretrain.export import model_directory
 from pretrain.files import commit_directory, lock_directory, make_directories, replace_file, sha256_file
 from pretrain.published_store import PublishedStore
-from pretrain.ranks import PATIENT_SECONDS
+from pretrain.ranks import PATIENT_SECONDS, Ranks
 from pretrain.runtime import EXIT_STOPPED, describe_machine, keep_freed_memory, versions
 from pretrain.tasks import bag_of_words, make_task
 from pretrain.tasks.adapters import AdapterStore, add_adapters, check_choice, digest_of, read_adapted, write_merged
-from pretrain.tasks.base import Evaluated, Task
+from pretrain.tasks.base import Evaluated, Task, prediction_lines
 from pretrain.tasks.examples import Example, TaskData
 from pretrain.tasks.heads import (
     check_length,
@@ -122,8 +122,9 @@ def finetune(
             task: Task = make_task(config.task, tokenizer, causal=causal)
             rows = _encode(task, console)
             results = []
+            told = config.with_inputs(max(example.num_inputs for example in rows.train))
             for seed in config.train.seeds:
-                tuning = _Seed(config.of_seed(seed), task, rows, job, console, trust_remote_code)
+                tuning = _Seed(told.of_seed(seed), task, rows, job, console, trust_remote_code)
                 found = tuning.run(allow_changes)
                 if found is None:
                     return EXIT_STOPPED
@@ -193,7 +194,7 @@ class _Seed:
             )
         ranks.on_main(self._write_tokenizer)
         model, new = read_model(config.model, self.task, config.train.seed, trust_remote_code=self.trust_remote_code)
-        check_length(model, config.row_tokens, str(config.model.from_))
+        check_length(model, config.task.max_length, str(config.model.from_))
         prepare_passes(model, config.train, self.job.device, config.row_tokens)
         install(model, self.task)
         if config.model.adapters is not None:
@@ -292,9 +293,9 @@ class _Seed:
         for name in (VALIDATION, TEST):
             rows, examples = self.rows.of(name)
             if examples:
-                scored[name] = self.task.evaluate_best(model, rows, examples, self.job.device, part=name)
+                scored[name] = self.task.evaluate(model, rows, examples, self.job.device, Ranks.alone(), part=name)
         if TEST in scored:
-            lines = (json.dumps(said, ensure_ascii=False) + "\n" for said in scored[TEST].predictions)
+            lines = prediction_lines(self.task, self.rows.parts.test, scored[TEST].predictions)
             replace_file(self.config.directory / "predictions-test.jsonl", "".join(lines).encode())
         result = {
             "seed": self.config.train.seed,

@@ -125,8 +125,9 @@ def resolve_strategy(config: LoopConfig, launch: Launch) -> Strategy:
     if train.processes is not None and train.processes != world:
         raise ValueError(
             f"train.processes: {train.processes} were asked for, but this job has {world}; start them with `pretrain "
-            f"train CONFIG --processes {train.processes}` or `torchrun --nproc_per_node {train.processes} -m pretrain "
-            "train CONFIG` (`accelerate launch --cpu --num_processes N` starts one process whatever N is)"
+            f"train CONFIG --processes {train.processes}`, or, a fine-tuning too, with `torchrun --nproc_per_node "
+            f"{train.processes} -m pretrain` in place of `pretrain` (`accelerate launch --cpu --num_processes N` "
+            "starts one process whatever N is)"
         )
     strategy: Strategy = (launch.wish or ("single" if world == 1 else "ddp")) if asked == "auto" else asked  # type: ignore[assignment]
     if strategy == "single" and world > 1:
@@ -138,7 +139,7 @@ def resolve_strategy(config: LoopConfig, launch: Launch) -> Strategy:
         raise ValueError(
             f"a batch of {config.tokens_per_step} tokens is {config.rows_per_batch} rows of {config.row_tokens}, fewer "
             f"than the {world} processes; raise it (train.batch_tokens, of a fine-tuning train.batch_size) to "
-            f"{world * config.row_tokens} tokens at least"
+            f"{world * config.row_tokens} tokens ({world} rows) at least"
         )
     _refuse_settings(train, strategy, world)
     return strategy

@@ -18,6 +18,7 @@ LEVELS = {
     "__init__": 0,
     "config_text": 0,
     "config_types": 0,
+    "score_names": 0,
     "config_data": 1,
     "config_evaluate": 1,
     "config_model": 1,

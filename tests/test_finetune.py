@@ -79,8 +79,12 @@ def test_seeds_a_summary_and_a_model_that_plain_transformers_loads(
     assert result["summary"]["validation/accuracy"]["max"] == 1.0  # four sentences are learnt by heart
     assert result["notes"] == ["24 of 24 test rows stand among the training rows too"]
     said = (config.directory / "seed-0" / "predictions-test.jsonl").read_text().splitlines()
-    assert len(said) == 24
-    assert set(map(json.loads, said)) <= {"0", "1"}
+    lines = list(map(json.loads, said))
+    assert [line["row"] for line in lines] == list(range(24))
+    assert lines[5]["where"] == f"{config.task.root}/test.tsv:7"
+    assert {line["prediction"] for line in lines} <= {"0", "1"}
+    right = [line["label"] == line["prediction"] for line in lines]
+    assert sum(right) / 24 == values[0]
     code = (
         "import sys, transformers\n"
         f"answer = transformers.pipeline('text-classification', {str(config.directory / 'model')!r})({GOOD[0]!r})\n"

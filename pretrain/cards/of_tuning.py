@@ -11,10 +11,10 @@ from typing import Any
 from pretrain.cards.facts import Facts
 from pretrain.cards.loading import lines_for
 from pretrain.cards.of_run import linked, score_table
-from pretrain.cards.scores import METRICS
 from pretrain.cards.tuned import TEST, VALIDATION, Tuning
 from pretrain.cards.tuned_lines import adapter_lines, use_lines
 from pretrain.cards.words import cell, code, counted, facts_table, number, table, told
+from pretrain.score_names import score_name
 
 DOES: Mapping[str, tuple[str, str]] = {
     "classification": ("a classifier", "labels texts"),
@@ -213,7 +213,7 @@ def scores(facts: Facts) -> str:
         for metric, own in (tuning.own.get(part) or {}).items():
             spread = tuning.result["summary"][f"{part}/{metric}"]
             numbers = (number(spread[key]) for key in ("median", "min", "max"))
-            rows.append((part, cell(METRICS.get(metric, metric.replace("_", " "))), *numbers, number(own)))
+            rows.append((part, cell(score_name(metric)), *numbers, number(own)))
     seeds = f"Over {counted(len(tuning.seeds), 'seed')}; the last column is of the model that lies here."
     once = "The test rows were scored once a seed, by its best checkpoint. " if tuning.own.get(TEST) else ""
     parts = [seeds, table(head, rows), f"{once}Validation scores chose the checkpoints, so they flatter the model."]

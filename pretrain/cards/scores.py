@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, EvalResultEntry
 
 from pretrain.cards.places import hub_name, is_hub_name
 from pretrain.files import ArtifactError
+from pretrain.score_names import SCORE_NAMES, score_name
 
 TASKS = {
     "causal": ("text-generation", "Language modelling"),
@@ -27,28 +28,6 @@ TASKS = {
     "translation": ("translation", "Translation"),
 }
 """The Hub's name of the task that an objective trains, and ours."""
-METRICS = {
-    "loss": "loss (nats a target)",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-    "accuracy": "accuracy",
-    "acc": "accuracy",
-    "acc_norm": "accuracy, by length",
-    "f1": "F1",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "f1_macro": "F1, macro",
-    "f1_micro": "F1, micro",
-    "matthews_correlation": "Matthews' correlation",
-    "pearson": "Pearson's correlation",
-    "spearman": "Spearman's correlation",
-    "mse": "mean squared error",
-    "mrr": "mean reciprocal rank",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "rougeLsum": "ROUGE-Lsum",
-}
 _ON_THE_HUB = {"f1_macro": "f1", "f1_micro": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
 _NO_METRICS = {"num_targets", "context"}
 
@@ -87,7 +66,7 @@ class Score:
     @property
     def label(self) -> str:
         """The metric in words."""
-        return METRICS.get(self.metric, self.metric.replace("_", " "))
+        return score_name(self.metric)
 
 
 def hub_metric(metric: str) -> str:
@@ -217,7 +196,7 @@ def _of_text(whole: Mapping[str, Any]) -> Iterable[Score]:
         task = TASKS["translation"]
     for metric, value in whole.items():
         number = _number(value)
-        if (number is not None and metric in METRICS) or (metric == "pseudo_perplexity" and number is not None):
+        if number is not None and metric in SCORE_NAMES:
             yield Score(metric, number, on, task, note="pretrain evaluate")
 
 

@@ -66,22 +66,26 @@ class LoadedModel:
     @property
     def max_positions(self) -> int | None:
         """The longest input, in tokens, that model and tokenizer state; None when neither states one."""
-        limits = []
-        model: Any = bare(self.model)
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if isinstance(positions, int) and positions > 0:
-            limits.append(positions - _position_offset(model))
+        positions = usable_positions(self.model)
+        limits = [] if positions is None else [positions]
         if 0 < self.tokenizer.model_max_length < _UNLIMITED:
             limits.append(int(self.tokenizer.model_max_length))
         return min(limits) if limits else None
 
 
-def _position_offset(model: torch.nn.Module) -> int:
-    """Positions that are never used: RoBERTa and its kin start counting after the padding id."""
-    for name, module in model.named_modules():
+def usable_positions(model: Any) -> int | None:
+    """The longest input, in tokens, that a model's positions hold; None when it states no limit.
+
+    RoBERTa and its kin start counting after the padding id: the positions up to it are never used.
+    """
+    own: Any = bare(model)
+    positions = getattr(own.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    for name, module in own.named_modules():
         if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
-            return int(module.padding_idx) + 1
-    return 0
+            return positions - int(module.padding_idx) - 1
+    return positions
 
 
 def load_model(

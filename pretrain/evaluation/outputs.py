@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from pretrain.evaluation.loading import LoadedModel
-from pretrain.evaluation.passes import Passes
+from pretrain.evaluation.passes import Passes, turns
 from pretrain.evaluation.text import TextTally
 
 DEFAULT_NEW_TOKENS = 100
@@ -161,33 +161,48 @@ def write_encoded(
     options = generation_config(model, max_new_tokens, {"do_sample": False, "num_beams": num_beams})
     options.eos_token_id = sorted({*torch.tensor(options.eos_token_id).reshape(-1).tolist(), *stops})
     ends, pad = torch.tensor(options.eos_token_id), options.pad_token_id
-    order = sorted(range(len(encoded)), key=lambda number: -len(encoded[number]))
-    outputs = [""] * len(encoded)
+    batches = _batches([len(ids) for ids in encoded], passes.batch_tokens // num_beams, alike=continues)
+    shared = passes.ranks.world > 1
+    said: dict[int, str] = {}
     done = cut_off = 0
     with passes.of(model.model):
-        while order:
-            width = len(encoded[order[0]])
-            rows = max(1, passes.batch_tokens // (width * num_beams))
-            if continues:
-                rows = min(rows, sum(len(encoded[number]) == width for number in order))
-            members, order = order[:rows], order[rows:]
+        for members, counts, everyone in turns(batches, passes):
+            width = len(encoded[members[0]])
             ids = torch.full((len(members), width), pad, dtype=torch.int64)  # (B, L)
             mask = torch.zeros_like(ids)
             for row, member in enumerate(members):
                 ids[row, : len(encoded[member])] = torch.tensor(encoded[member])
                 mask[row, : len(encoded[member])] = 1
             made = model.model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=options
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=options,
+                synced_gpus=shared,  # one that is done passes on until all are: sharded engines meet in each pass
             )
             made = made[:, width if continues else 1 :].cpu()
-            cut_off += int((~torch.isin(made, ends).any(dim=1)).sum())
-            texts = model.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for member, text in zip(members, texts, strict=True):
-                outputs[member] = str(text).strip()
-            done += len(members)
+            if counts:
+                cut_off += int((~torch.isin(made, ends).any(dim=1)).sum())
+                texts = model.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                said |= {member: str(text).strip() for member, text in zip(members, texts, strict=True)}
+            done += len(everyone)
             if passes.progress is not None:
                 passes.progress("outputs", done, len(encoded))
-    return Outputs(outputs, num_beams, max_new_tokens, cut_off)
+    for others in passes.ranks.gather(said):
+        said |= {int(member): text for member, text in others.items()}  # JSON's keys are text
+    (cut_off_of_all,) = passes.ranks.sum([cut_off])
+    return Outputs([said[member] for member in range(len(encoded))], num_beams, max_new_tokens, int(cut_off_of_all))
+
+
+def _batches(lengths: Sequence[int], limit: int, *, alike: bool) -> Iterator[list[int]]:
+    """Numbers of inputs, longest first, at most `limit` padded tokens together; `alike`: all of one length."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    while order:
+        width = lengths[order[0]]
+        rows = max(1, limit // width)
+        if alike:
+            rows = min(rows, sum(lengths[number] == width for number in order))
+        yield order[:rows]
+        order = order[rows:]
 
 
 def score_outputs(

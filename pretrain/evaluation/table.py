@@ -10,24 +10,21 @@ from typing import Any
 
 from rich.table import Table
 
-_LABELS = {
-    "loss": ("loss", "{:.4f} nats a target"),
-    "perplexity": ("perplexity", "{:,.2f}"),
-    "bits_per_byte": ("bits per byte", "{:.4f}"),
-    "bleu": ("BLEU", "{:.2f}"),
-    "chrf": ("chrF", "{:.2f}"),
-    "accuracy": ("accuracy at 15% masks", "{:.4f}"),
-    "pseudo_perplexity": ("pseudo-perplexity", "{:,.2f}"),
-    "tokens": ("tokens", "{:,}"),
-    "bytes": ("bytes", "{:,}"),
-    "unknown_tokens": ("unknown tokens", "{:,}"),
+from pretrain.score_names import score_name
+
+_OF_TEXT = {
+    "loss": "{:.4f}",
+    "perplexity": "{:,.2f}",
+    "bits_per_byte": "{:.4f}",
+    "bleu": "{:.2f}",
+    "chrf": "{:.2f}",
+    "accuracy": "{:.4f}",
+    "pseudo_perplexity": "{:,.2f}",
+    "tokens": "{:,}",
+    "bytes": "{:,}",
+    "unknown_tokens": "{:,}",
 }
-_RETRIEVAL = {
-    "recall_at_1": "recall@1",
-    "recall_at_10": "recall@10",
-    "mrr_at_10": "MRR@10",
-    "ndcg_at_10": "nDCG@10",
-}
+_OF_RETRIEVAL = ("recall_at_1", "recall_at_10", "mrr_at_10", "ndcg_at_10")
 _MOST_GROUPS = 15
 """A breakdown into more is left to the JSON."""
 
@@ -63,10 +60,10 @@ def _rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, found in scores.get("similarity", {}).items():
         for kind in ("spearman", "pearson"):
             value = "none, all cosines are the same" if found[kind] is None else f"{found[kind]:.4f}"
-            yield f"{name}: {kind.capitalize()}", f"{value}{_cut(found)}"
+            yield f"{name}: {score_name(kind)}", f"{value}{_cut(found)}"
     for name, found in scores.get("retrieval", {}).items():
-        for key, label in _RETRIEVAL.items():
-            yield f"{name}: {label}", f"{found[key]:.4f}{_cut(found)}"
+        for key in _OF_RETRIEVAL:
+            yield f"{name}: {score_name(key)}", f"{found[key]:.4f}{_cut(found)}"
         yield f"  {name}", f"{found['queries']:,} queries, {found['candidates']:,} candidates"
     for task, found in scores.get("tasks", {}).items():
         for metric, value in found.items():
@@ -81,7 +78,8 @@ def _rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _of_text(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, (label, form) in _LABELS.items():
+    for key, form in _OF_TEXT.items():
+        label = score_name(key) + (" at 15% masks" if key == "accuracy" else "")
         if key in scores:
             yield label, form.format(scores[key])
         if key == "pseudo_perplexity" and (sample := scores.get("pseudo_perplexity_sample")):

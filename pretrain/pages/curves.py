@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.pages.page import escape
+from pretrain.score_names import score_name
 
 Floats = npt.NDArray[np.float64]
 
@@ -92,7 +93,7 @@ class RunCurves:
 
 # What is known of a number that a run logs: its title, and how its axis is marked.
 _KNOWN: dict[str, tuple[str, dict[str, bool]]] = {
-    "loss": ("loss (nats a target)", {"smooth": True, "log": True, "marked": True}),
+    "loss": (score_name("loss"), {"smooth": True, "log": True, "marked": True}),
     "lr": ("learning rate", {"zero": True}),
     "grad_norm": ("gradient norm, before clipping", {"smooth": True, "log": True, "marked": True}),
     "tokens_per_second": ("tokens a second", {"smooth": True, "zero": True, "large": True}),
@@ -100,7 +101,6 @@ _KNOWN: dict[str, tuple[str, dict[str, bool]]] = {
     "data_wait": ("share of a step that waits for data", {"smooth": True, "zero": True, "percent": True}),
     "memory_gib": ("peak memory (GiB)", {"zero": True}),
 }
-_OF_SCORES = {"bits_per_byte": "bits per byte", "num_targets": "targets"}
 _SHARES = ("accuracy", "token_accuracy", "detection_precision", "detection_recall", "replaced")
 _UNBOUNDED = ("loss", "perplexity", "bits")
 
@@ -128,7 +128,7 @@ def score_charts(runs: Sequence[RunCurves]) -> list[dict[str, Any]]:
         name, _, score = key.rpartition("/")
         if score == "num_targets" or (len(known) == 1 and score.startswith("num_")):
             continue
-        title = f"{name}: {_OF_SCORES.get(score, score.replace('_', ' '))}"
+        title = f"{name}: {score_name(score)}"
         axis = {"percent": score in _SHARES, "log": any(word in score for word in _UNBOUNDED)}
         charts.append({"kind": "score", "key": key, "title": title, **axis})
     return charts

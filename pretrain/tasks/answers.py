@@ -218,6 +218,10 @@ class Answers(Task):
             said.append([total, *span, float(starts[null] + ends[null])])
         return said
 
+    def answer_of(self, row: Row) -> list[str]:
+        """Its answers; none where there is no answer."""
+        return self._answers(row).texts
+
     def score(self, rows: Sequence[Row], examples: Sequence[Example], predictions: Sequence[Any]) -> Evaluated:
         """Scores over the questions, and the answers."""
         best: dict[int, tuple[float, int, int]] = {}

@@ -25,6 +25,7 @@ NAME = "bag-of-words"
 """What the command line says in place of a model."""
 
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+_PARTS = ("train", "validation", "test")
 _HAN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
 
@@ -46,13 +47,14 @@ def score_baseline(section: TaskConfig, parts: Parts) -> dict[str, dict[str, flo
 def _sentences(section: ClassificationTask | RegressionTask, parts: Parts) -> dict[str, dict[str, float]]:
     from pretrain.tasks.sentences import Classification, Regression
 
-    rows = {name: list(getattr(parts, name)) for name in ("train", "validation", "test")}
+    rows = {name: list(getattr(parts, name)) for name in _PARTS}
+    task: Classification | Regression
     if isinstance(section, RegressionTask):
-        told = Regression(section, None, causal=False)
+        task = told = Regression(section, None, causal=False)
         labels = {name: np.array([told.number_of(row) for row in some]) for name, some in rows.items()}
         score: Callable[..., dict[str, float]] = metrics.regression
     else:
-        known = Classification(section, None, causal=False)
+        task = known = Classification(section, None, causal=False)
         known.fit(rows["train"])
         rows = {name: known.kept(some) for name, some in rows.items()}
         labels = {name: np.array([known.label_of(row) for row in some]) for name, some in rows.items()}
@@ -65,19 +67,33 @@ def _sentences(section: ClassificationTask | RegressionTask, parts: Parts) -> di
                 return metrics.single_label(truth, said, count)
 
     features = _features(section, rows)
+
+    def fitted(strength: float) -> _Scorer:
+        model = _estimator(section, strength).fit(features["train"], labels["train"])
+        return lambda name: score(labels[name], model.predict(features[name]))
+
+    return _best(fitted, section.metric or task.metric, test=bool(rows["test"]))
+
+
+_Scorer = Callable[[str], dict[str, float]]
+"""Scores of a part, by its name."""
+
+
+def _best(fitted: Callable[[float], _Scorer], metric: str, *, test: bool) -> dict[str, dict[str, float]]:
+    """Scores by the strength that is best on validation, the smallest of those that are; the test rows once."""
+    name = metric.removeprefix("-")
+    sign = -1.0 if metric.startswith("-") else 1.0
     best: dict[str, dict[str, float]] = {}
-    metric = section.metric or ("pearson" if isinstance(section, RegressionTask) else "")
-    metric = metric or ("f1_micro" if isinstance(section, ClassificationTask) and section.multi_label else "accuracy")
-    sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
-    chosen: Any = None
-    for strength in _STRENGTHS:
-        fitted = _estimator(section, strength).fit(features["train"], labels["train"])
-        found = score(labels["validation"], fitted.predict(features["validation"]))
+    chosen: _Scorer | None = None
+    for strength in sorted(_STRENGTHS):
+        scorer = fitted(strength)
+        found = scorer("validation")
+        if name not in found:
+            raise ValueError(f"task.metric: there is no score `{name}` of {NAME}; there are {', '.join(found)}")
         if not best or sign * found[name] > sign * best["validation"][name]:
-            best, chosen = {"validation": found}, fitted
-    if rows["test"]:
-        best["test"] = score(labels["test"], chosen.predict(features["test"]))
-    return best
+            best, chosen = {"validation": found}, scorer
+    assert chosen is not None
+    return best | ({"test": chosen("test")} if test else {})
 
 
 def _estimator(section: ClassificationTask | RegressionTask, strength: float) -> Any:
@@ -117,24 +133,31 @@ def _features(section: ClassificationTask | RegressionTask, rows: dict[str, list
 
 
 def _tokens(section: TokenTask, parts: Parts) -> dict[str, dict[str, float]]:
+    from pretrain.tasks.tokens import Tokens
+
+    task = Tokens(section, None, causal=False)
+    task.learn_tags(parts.train)
+    words: dict[str, list[list[str]]] = {}
+    tags: dict[str, list[list[str]]] = {}
+    for name in _PARTS:
+        pairs = [task.words_and_tags(row) for row in getattr(parts, name)]
+        words[name], tags[name] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     vectors = library("sklearn.feature_extraction").DictVectorizer()
     linear = library("sklearn.linear_model")
-    rows = {name: list(getattr(parts, name)) for name in ("train", "validation", "test") if getattr(parts, name)}
-    words = {name: [[str(word) for word in row[section.tokens]] for row in some] for name, some in rows.items()}
-    tags = {name: [[str(tag) for tag in row[section.tags]] for row in some] for name, some in rows.items()}
-    spans = section.spans
-    if spans is None:
-        spans = any(tag.startswith(("B-", "I-")) for sentence in tags["train"] for tag in sentence)
-    seen = vectors.fit_transform(_word_features(words["train"]))
-    fitted = linear.LogisticRegression(C=10.0, max_iter=300).fit(seen, [tag for one in tags["train"] for tag in one])
-    scores = {}
-    for name in rows:
-        if name == "train":
-            continue
-        flat = iter(fitted.predict(vectors.transform(_word_features(words[name]))))
-        said = [[str(next(flat)) for _ in sentence] for sentence in words[name]]
-        scores[name] = metrics.tag_spans(tags[name], said) if spans else metrics.tags(tags[name], said)
-    return scores
+    seen = {"train": vectors.fit_transform(_word_features(words["train"]))}
+    seen |= {name: vectors.transform(_word_features(words[name])) for name in _PARTS[1:] if any(words[name])}
+    truth = [tag for sentence in tags["train"] for tag in sentence]
+
+    def fitted(strength: float) -> _Scorer:
+        model = linear.LogisticRegression(C=strength, max_iter=300).fit(seen["train"], truth)
+
+        def score(name: str) -> dict[str, float]:
+            flat = iter(model.predict(seen[name]) if name in seen else ())
+            return task.scores_of(tags[name], [[str(next(flat)) for _ in sentence] for sentence in tags[name]])
+
+        return score
+
+    return _best(fitted, section.metric or task.metric, test=bool(parts.test))
 
 
 def _word_features(sentences: Sequence[Sequence[str]]) -> list[dict[str, Any]]:

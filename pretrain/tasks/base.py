@@ -7,6 +7,7 @@ What lives here: the shape that all tasks have, and what most of them share. Wha
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from pretrain.config_task import TaskSection
 from pretrain.ranks import Ranks
-from pretrain.tasks.examples import Example, padded
+from pretrain.tasks.examples import Example, is_target, padded
 from pretrain.tasks.reading import Row
 
 _TOKENS_A_BATCH = 16_384  # of a forward pass without gradients
@@ -27,10 +28,33 @@ _TOKENS_A_BATCH = 16_384  # of a forward pass without gradients
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The scores of some rows, and what the model said of each: JSON values in the order of the rows."""
+    """The scores of some rows, and what the model said of each, in their order: JSON values, None where nothing."""
 
     scores: dict[str, float]
     predictions: list[Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is scored, by what, and where.
+
+    Attributes:
+        model: in evaluation mode.
+        rows: of a part.
+        examples: made of them.
+        device: where the model is.
+        ranks: the processes that share the work; all of them get the same scores.
+        look: called before each batch, equally often on each process; it may raise.
+        part: validation or test, where the best model is scored at the end; None during training.
+    """
+
+    model: nn.Module
+    rows: Sequence[Row]
+    examples: Sequence[Example]
+    device: torch.device
+    ranks: Ranks
+    look: Callable[[], None] = lambda: None
+    part: str | None = None
 
 
 class Task(ABC):
@@ -76,7 +100,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        """The sum over the targets among `labels` (those that are not -100) of what is to be low."""
+        """The sum over the targets among `labels` (`is_target` tells which they are) of what is to be low."""
 
     @abstractmethod
     def predictions(self, outputs: Any, batch: Mapping[str, Tensor]) -> Sequence[Any]:
@@ -86,7 +110,15 @@ class Task(ABC):
     def score(self, rows: Sequence[Row], examples: Sequence[Example], predictions: Sequence[Any]) -> Evaluated:
         """Scores of the rows by the predictions of their examples."""
 
+    def more_scores(self, asked: Evaluation, found: Evaluated) -> Evaluated:
+        """`found`, and what follows from it or needs passes of another kind: texts that are written, say."""
+        return found
+
     # --- what they share ---------------------------------------------------------------------------------------------
+
+    def answer_of(self, row: Row) -> Any:
+        """What a row says is right, as a JSON value beside the prediction; None where it says nothing."""
+        return None
 
     def prepare_model(self, model: Any) -> None:  # noqa: B027 (most need nothing)
         """Change a model that was just read, before it is trained."""
@@ -122,10 +154,12 @@ class Task(ABC):
         device: torch.device,
         ranks: Ranks,
         look: Callable[[], None] = lambda: None,
+        *,
+        part: str | None = None,
     ) -> Evaluated:
-        """Score rows by a model in evaluation mode; the processes share the work, and all get the same scores.
+        """Score rows by a model in evaluation mode; the arguments are those of `Evaluation`.
 
-        The scores have `loss` too: the mean over the targets. `look` is called before each batch, and may raise.
+        The scores have `loss` too: the mean over the targets.
         """
         total, count = 0.0, 0.0
         said: dict[int, Any] = {}
@@ -139,20 +173,28 @@ class Task(ABC):
                 if not own:
                     continue
                 total += float(self.loss(outputs, labels))
-            count += float((labels != -100).sum())
+            count += float(is_target(labels).sum())
             said |= zip(numbers, self.predictions(outputs, {**batch, "labels": labels}), strict=True)
         total, count = ranks.sum([total, count])
         for others in ranks.gather(said):
             said |= {int(number): one for number, one in others.items()}  # JSON's keys are text
         evaluated = self.score(rows, examples, [said[number] for number in range(len(examples))])
         loss = {"loss": total / count} if count else {}
-        return Evaluated(loss | evaluated.scores, evaluated.predictions)
+        found = Evaluated(loss | evaluated.scores, evaluated.predictions)
+        return self.more_scores(Evaluation(model, rows, examples, device, ranks, look, part), found)
 
-    def evaluate_best(
-        self, model: nn.Module, rows: Sequence[Row], examples: Sequence[Example], device: torch.device, *, part: str
-    ) -> Evaluated:
-        """As `evaluate`, once at the end, by the best model: `part` is validation or test."""
-        return self.evaluate(model, rows, examples, device, Ranks.alone())
+
+def prediction_lines(task: Task, rows: Sequence[Row], predictions: Sequence[Any]) -> Iterator[str]:
+    """What was said of each row, a line of JSON each, in the order of the rows.
+
+    An object of `row` (its number, from 0), `where` (its file and line), `label` (what the row says is right, where it
+    says that) and `prediction` (null for a row that was left out).
+    """
+    for number, (row, said) in enumerate(zip(rows, predictions, strict=True)):
+        answer = task.answer_of(row)
+        label = {} if answer is None else {"label": answer}
+        line = {"row": number, "where": row.where, **label, "prediction": said}
+        yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _turns(examples: Sequence[Example], ranks: Ranks, tokens: int) -> Iterator[tuple[list[int], bool]]:

@@ -149,6 +149,11 @@ class Choices(Task):
         scores: list[list[float]] = outputs.logits.float().tolist()
         return scores
 
+    def answer_of(self, row: Row) -> Any:
+        """The number of the right choice, from 0; a list where several are right."""
+        right = self._row(row)[1]
+        return right if len(right) > 1 else right[0]
+
     def score(self, rows: Sequence[Row], examples: Sequence[Example], predictions: Sequence[Any]) -> Evaluated:
         """Accuracy, and the numbers of the choices."""
         said = [

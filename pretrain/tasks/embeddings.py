@@ -26,9 +26,10 @@ from transformers.utils.generic import ModelOutput
 
 from pretrain.config_task import EmbeddingTask
 from pretrain.evaluation.loading import loading
+from pretrain.evaluation.vectors import answer_places
 from pretrain.tasks import metrics
 from pretrain.tasks.base import Evaluated, Task, encoded
-from pretrain.tasks.examples import Example, stacked
+from pretrain.tasks.examples import Example, is_target, stacked
 from pretrain.tasks.reading import Row
 
 _CUT = 10
@@ -85,7 +86,7 @@ class Embeddings(Task):
 
     def loss(self, outputs: Any, labels: Tensor) -> Tensor:
         """The loss of sentence-transformers, a mean over the rows, times their number."""
-        vectors, known = outputs.vectors, labels != -100
+        vectors, known = outputs.vectors, is_target(labels)
         if not bool(known.any()):
             nothing: Tensor = vectors.sum() * 0.0
             return nothing
@@ -103,9 +104,14 @@ class Embeddings(Task):
         vectors: list[list[list[float]]] = F.normalize(outputs.vectors, dim=-1).cpu().tolist()
         return vectors
 
+    def answer_of(self, row: Row) -> float | None:
+        """Its score, where there are scores; otherwise the first place is right for every row."""
+        return None if self.section.score is None else self._score(row)
+
     def score(self, rows: Sequence[Row], examples: Sequence[Example], predictions: Sequence[Any]) -> Evaluated:
         """Correlations of the cosines, or ranks of the positives among all of the part."""
-        vectors = np.array(predictions, dtype=np.float32)  # (N, texts, hidden)
+        vectors = np.array(predictions, dtype=np.float64)  # (N, texts, hidden)
+        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
         cosines = (vectors[:, 0] * vectors[:, 1]).sum(-1)
         if self.section.score is not None:
             truth = np.array([float(example.label) for example in examples])
@@ -116,9 +122,8 @@ class Embeddings(Task):
         places = np.empty(len(vectors), dtype=np.int64)
         for start in range(0, len(vectors), 256):
             near = vectors[start : start + 256, 0] @ vectors[:, 1].T  # (queries, N)
-            other = texts[start : start + 256, None] != texts  # the same text is no rival
-            # A candidate as near as the own one stands before it: equal vectors find nothing.
-            places[start : start + 256] = (~(near < cosines[start : start + 256, None] - 1e-6) & other).sum(1) + 1
+            for number, row in enumerate(near, start):  # the same text is no rival
+                places[number] = answer_places(row, np.flatnonzero(texts == texts[number]))[0]
         scores = {
             "mrr": float(np.mean(1.0 / places)),
             "recall_at_1": float(np.mean(places == 1)),

@@ -16,6 +16,7 @@ from pretrain.data.order import IntArray, rows_of_samples
 from pretrain.files import sha256_json
 
 IGNORED = -100
+"""What stands among labels that are whole numbers where there is no target; among others NaN does."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,30 @@ class Example:
         label: what it is to predict: a number, or (targets,) of them; None where it is not known.
         row: number of the row that it was made of; a long row may be several examples.
         extra: what makes an answer of a prediction.
+        written: tokens that a decoder reads beside the inputs.
     """
 
     inputs: Mapping[str, np.ndarray]
     label: np.ndarray
     row: int
     extra: Any = None
+    written: int = 0
 
     @property
     def length(self) -> int:
         """Tokens, with padding between choices."""
-        return int(self.inputs["input_ids"].size)
+        return int(self.inputs["input_ids"].size) + self.written
+
+    @property
+    def num_inputs(self) -> int:
+        """Texts side by side: choices, or those of a pair."""
+        ids = self.inputs["input_ids"]
+        return len(ids) if ids.ndim > 1 else 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of every dimension of its arrays: what a batch of it and others is padded to, at least."""
+        return tuple(size for array in (*self.inputs.values(), self.label) for size in array.shape)
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,16 @@ class TaskBatch:
 
 
 Collate = Callable[[Sequence[Example]], dict[str, np.ndarray]]
-"""Examples -> arrays by the names of `forward`, with `labels`; what has no label holds -100 there."""
+"""Examples -> arrays by the names of `forward`, with `labels`; `is_target` tells which of them are known."""
+
+
+def is_target(labels: Any) -> Any:
+    """Where an array or tensor of labels holds a target: of whole numbers all but -100, of others all but NaN.
+
+    A number that is to be predicted may be -100.
+    """
+    floating = labels.dtype.kind == "f" if isinstance(labels, np.ndarray) else labels.dtype.is_floating_point
+    return labels == labels if floating else labels != IGNORED
 
 
 def stacked(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
@@ -79,7 +102,8 @@ def padded(examples: Sequence[Example], pad: Mapping[str, int], *, multiple: int
         edges = [(0, 0)] * (array.ndim - 1) + [(0, short)]
         made[name] = np.pad(array, edges, constant_values=pad.get(name, 0))
     labels = [example.label for example in examples]
-    made["labels"] = stacked(labels, IGNORED) if labels[0].ndim else np.stack(labels)
+    fill = np.nan if labels[0].dtype.kind == "f" else IGNORED
+    made["labels"] = stacked(labels, fill) if labels[0].ndim else np.stack(labels)
     return made
 
 
@@ -114,13 +138,23 @@ class TaskData:
         """The global batch of `step` (from 0), or the given rows of it."""
         first = step * self.rows_per_batch
         samples = np.arange(first, first + self.rows_per_batch, dtype=np.int64)[rows or slice(None)]
-        epochs, numbers = self.locate(samples)
+        return self._made(*self.locate(samples))
+
+    def largest(self, rows: int) -> TaskBatch:
+        """So many examples that are padded to the sizes of the largest ones, and among which the longest is."""
+        sizes = np.array([example.sizes for example in self.examples])  # (examples, dimensions)
+        longest = int(np.argmax([example.length for example in self.examples]))
+        chosen = list(dict.fromkeys([longest, *sizes.argmax(0).tolist(), *range(self.num_rows)]))
+        numbers = np.resize(np.array(chosen), rows)
+        return self._made(np.zeros_like(numbers), numbers)
+
+    def _made(self, epochs: IntArray, numbers: IntArray) -> TaskBatch:
         chosen = [self.examples[number] for number in numbers]
         arrays = self.collate(chosen)
         ids = np.stack([np.zeros_like(epochs), epochs, np.array([one.row for one in chosen])], axis=1)
         return TaskBatch(
             arrays=arrays,
-            num_targets=int((arrays["labels"] != IGNORED).sum()),
+            num_targets=int(is_target(arrays["labels"]).sum()),
             num_tokens=sum(example.length for example in chosen),
             row_ids=ids,
         )

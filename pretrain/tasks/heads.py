@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 import pretrain.models  # noqa: F401 (registers the Loom classes with the Auto classes)
 from pretrain.config_loop import LoopTrainConfig
 from pretrain.config_task import TunedModel
-from pretrain.evaluation.loading import check_source, kind_of_model, loading
+from pretrain.evaluation.loading import check_source, kind_of_model, loading, usable_positions
 from pretrain.files import ArtifactError
 from pretrain.runtime import set_seed
 from pretrain.tasks.base import Task, pad_id
@@ -116,6 +116,7 @@ def read_model(chosen: TunedModel, task: Task, seed: int, *, trust_remote_code: 
             f"`{source}`: its tokenizer has {len(task.tokenizer):,} ids, the model embeds "
             f"{model.get_input_embeddings().num_embeddings:,}; put the tokenizer there that it was trained with"
         )
+    _freeze(model)
     model.config.architectures = [type(model).__name__]  # the class with the head, not the one that was saved
     task.prepare_model(model)
     return model.train(), new
@@ -146,6 +147,14 @@ def _read_body(model: Any, new: list[str], source: str, *, trust_remote_code: bo
     return [name for name in new if name not in names]
 
 
+def _freeze(model: Any) -> None:
+    """What a class never saves is computed, not learnt (Marian's sinusoids); reading a model forgets that."""
+    unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for name, parameter in model.named_parameters():
+        if name in unsaved:
+            parameter.requires_grad_(False)
+
+
 def _pool(config: Any, pooling: str | None, source: str) -> None:
     """Choose how the class makes one vector of a text; EuroBERT calls the first token's `bos`."""
     if pooling is None:
@@ -173,8 +182,8 @@ def check_length(model: Any, wanted: int, source: str) -> None:
     Raises:
         ValueError: names the key.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < wanted:
+    positions = usable_positions(model)
+    if positions is not None and positions < wanted:
         raise ValueError(f"task.max_length: {wanted} is longer than the {positions} positions of `{source}`; lower it")
 
 

@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2 import TemplateError
-from torch import nn
 
 from pretrain.config_task import InstructionTask
-from pretrain.ranks import Ranks
-from pretrain.tasks.base import Evaluated
+from pretrain.tasks.base import Evaluated, Evaluation
 from pretrain.tasks.examples import Example
 from pretrain.tasks.reading import Row
 from pretrain.tasks.writing import WritingTask, decoder_example, stop_at
@@ -219,29 +216,21 @@ class Instructions(WritingTask):
 
     def score(self, rows: Sequence[Row], examples: Sequence[Example], predictions: Sequence[Any]) -> Evaluated:
         """How many tokens of the answers are foreseen, each after the right ones before it."""
-        return Evaluated(self.token_accuracy(predictions), [])
+        return Evaluated(self.token_accuracy(predictions), [None] * len(rows))
 
-    def evaluate_best(
-        self, model: nn.Module, rows: Sequence[Row], examples: Sequence[Example], device: torch.device, *, part: str
-    ) -> Evaluated:
-        """The loss and what comes with it; of the first test conversations what the model answers, for reading."""
-        found = self.evaluate(model, rows, examples, device, Ranks.alone())
-        if part != "test":
+    def more_scores(self, asked: Evaluation, found: Evaluated) -> Evaluated:
+        """At the end what the model answers in the first test conversations, for reading."""
+        found = super().more_scores(asked, found)
+        if asked.part != "test":
             return found
         room = self.section.max_length - self.section.max_answer_length
-        fitting = [example for example in examples if 0 < len(example.extra.get("prompt", ())) <= room]
-        asked = [example.extra for example in fitting[: self.section.evaluate_limit]]
-        outputs = self.write(
-            model,
-            [one["prompt"] for one in asked],
-            device,
-            max_new_tokens=self.section.max_answer_length,
-            stops=self.ends,
-        )
-        said = [
-            {"messages": one["messages"], "answer": one["answer"], "output": output}
-            for one, output in zip(asked, outputs, strict=True)
-        ]
+        fitting = [example for example in asked.examples if 0 < len(example.extra.get("prompt", ())) <= room]
+        fitting = fitting[: self.section.evaluate_limit]
+        prompts = [example.extra["prompt"] for example in fitting]
+        outputs = self.write(asked, prompts, max_new_tokens=self.section.max_answer_length, stops=self.ends)
+        said: list[Any] = [None] * len(asked.rows)
+        for example, output in zip(fitting, outputs, strict=True):
+            said[example.row] = {name: example.extra[name] for name in ("messages", "answer")} | {"output": output}
         return Evaluated(found.scores, said)
 
 

@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,17 @@ _SUFFIXES = {
     ".bio": "conll",
     ".conllu": "conllu",
 }
+COLUMN_KEYS = {
+    "classification": ("text", "text_pair", "label"),
+    "regression": ("text", "text_pair", "label"),
+    "token-classification": ("tokens", "tags"),
+    "multiple-choice": ("question", "choices", "label"),
+    "text-to-text": ("source", "target"),
+    "instructions": ("messages", "prompt", "response"),
+    "embeddings": ("anchor", "positive", "negative", "score"),
+}
+"""The keys of each kind of task that name a column; question answering has SQuAD's own names."""
+_SQUAD = ("question", "context", "answers")
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
 _CONLLU = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 
@@ -59,7 +71,10 @@ class Row:
             return self.values[str(column)]
         except KeyError:
             known = ", ".join(f"`{name}`" for name in self.values)
-            raise ValueError(f"{self.where}: there is no column `{column}`; there are {known}") from None
+            raise ValueError(
+                f"{self.where}: there is no column `{column}`; there are {known}: give the key of `task` that names it "
+                "one of these"
+            ) from None
 
     def text(self, column: Columns) -> str:
         """A column that must hold a text; several are joined by spaces.
@@ -71,57 +86,85 @@ class Row:
             return " ".join(self.text(one).strip() for one in column)
         value = self[column]
         if not isinstance(value, str):
-            raise ValueError(f"{self.where}: column `{column}` holds {value!r}, and a text is needed")
+            raise ValueError(f"{self.where}: column `{column}` holds {value!r}, and a text is needed; take the row out")
         return value
 
-    @property
-    def identity(self) -> str:
-        """A hash of the values."""
-        plain = json.dumps(self.values, sort_keys=True, ensure_ascii=False, default=str)
+    def identity(self, columns: Sequence[Column] = ()) -> str:
+        """A hash of the values of some columns; without any, of all.
+
+        Raises:
+            ValueError: when a column is not there; names those that are.
+        """
+        chosen = {str(column): self[column] for column in columns} if columns else self.values
+        plain = json.dumps(chosen, sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(plain.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows of a task."""
+    """The rows of a task, and the columns that tell one from another: those that it looks at; none: all."""
 
     train: Sequence[Row]
     validation: Sequence[Row]
     test: Sequence[Row]
+    columns: Sequence[Column] = ()
 
     @property
     def digest(self) -> str:
-        """A hash of all rows in order."""
+        """A hash of all values of all rows in order."""
         total = hashlib.sha256()
         for name in PARTS:
             total.update(name.encode())
             for row in getattr(self, name):
-                total.update(row.identity.encode())
+                total.update(row.identity().encode())
         return total.hexdigest()
 
     @property
     def repeated(self) -> int:
-        """How many test rows stand among the training rows, value for value."""
-        trained = {row.identity for row in self.train}
-        return sum(row.identity in trained for row in self.test)
+        """How many test rows stand among the training rows, value for value of the columns that count."""
+        trained = {row.identity(self.columns) for row in self.train}
+        return sum(row.identity(self.columns) in trained for row in self.test)
+
+
+def columns_of(task: TaskSection) -> tuple[Column, ...]:
+    """The columns that a task looks at. What else a row holds, its number say, makes it no other row."""
+    kind = getattr(task, "kind", "")
+    if kind == "question-answering":
+        return _SQUAD
+    given = {key: getattr(task, key) for key in COLUMN_KEYS.get(kind, ())}
+    if given.get("prompt") is not None:
+        given["messages"] = None
+    named = [value if isinstance(value, tuple) else (value,) for value in given.values() if value is not None]
+    return tuple(dict.fromkeys(column for some in named for column in some))
 
 
 def read_parts(task: TaskSection) -> Parts:
     """Read the rows of a task: training, validation and test.
 
+    Rows that are held out by a fraction, or taken by a limit, are chosen by a hash of the columns that the task looks
+    at: equal rows are on one side, whatever number each has.
+
     Raises:
         ValueError: when an entry names nothing, or a file cannot be read; names the file and line.
     """
+    columns = columns_of(task)
     train = _read(task, task.train, "task.train")
+    _check_any(train, task.train, "task.train")
     test, train = _part(task, task.test, train, "test")
     validation, train = _part(task, task.validation, train, "validation")
     if task.train_limit is not None and task.train_limit < len(train):
-        chosen = sorted(range(len(train)), key=lambda number: train[number].identity)[: task.train_limit]
+        chosen = sorted(range(len(train)), key=lambda number: train[number].identity(columns))[: task.train_limit]
         train = [train[number] for number in sorted(chosen)]
-    for name, rows in (("train", train), ("validation", validation), *([("test", test)] if task.test else ())):
-        if not rows:
-            raise ValueError(f"task.{name}: there are no rows in it; check the files")
-    return Parts(train, validation, test)
+    _check_any(validation, task.validation, "task.validation")
+    if task.test:
+        _check_any(test, task.test, "task.test")
+    return Parts(train, validation, test, columns)
+
+
+def _check_any(rows: Sequence[Row], entries: Sequence[str] | HeldOut, key: str) -> None:
+    if not rows:
+        named = "" if isinstance(entries, HeldOut) else f" of {', '.join(f'`{entry}`' for entry in entries)}"
+        raise ValueError(f"{key}: there are no rows in the files{named}; check them, and task.format")
 
 
 def _part(
@@ -130,7 +173,8 @@ def _part(
     """The rows of a part, and what is left of the training rows."""
     if not isinstance(wanted, HeldOut):
         return _read(task, wanted, f"task.{name}"), train
-    shares = [_share(row, wanted.by, name) for row in train]
+    columns = columns_of(task)
+    shares = [_share(row, wanted.by, columns, name) for row in train]
     out = [row for row, share in zip(train, shares, strict=True) if share < wanted.fraction]
     left = [row for row, share in zip(train, shares, strict=True) if share >= wanted.fraction]
     if not out or not left:
@@ -141,9 +185,9 @@ def _part(
     return out, left
 
 
-def _share(row: Row, by: Column | None, name: str) -> float:
-    """A number from 0 to 1 that the part's name and a row, or its value in one column, decide."""
-    chosen = row.identity if by is None else json.dumps(row[by], sort_keys=True, ensure_ascii=False, default=str)
+def _share(row: Row, by: Column | None, columns: Sequence[Column], name: str) -> float:
+    """A number from 0 to 1 that the part's name and a row's own columns, or its value in one column, decide."""
+    chosen = row.identity(columns if by is None else (by,))
     return int(hashlib.sha256(f"{name} {chosen}".encode()).hexdigest()[:12], 16) / 16**12
 
 
@@ -209,13 +253,13 @@ def _table(text: IO[str], path: str, task: TaskSection, kind: str) -> Iterator[R
         quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
         strict=quoting,
     )
-    names = list(task.columns) if task.columns is not None else None
+    names = None if task.columns is None else _checked(task.columns, path, kind)
     try:
         for fields in reader:
             if not fields or (len(fields) == 1 and not fields[0].strip()):
                 continue
             if names is None:
-                names = fields
+                names = _checked(fields, f"{path}:{reader.line_num}", kind)
                 continue
             where = f"{path}:{reader.line_num}"
             if len(fields) != len(names):
@@ -230,6 +274,19 @@ def _table(text: IO[str], path: str, task: TaskSection, kind: str) -> Iterator[R
         ) from None
 
 
+def _checked(names: Sequence[str], where: str, kind: str) -> list[str]:
+    """The names of columns, each once; and not one name for all of them."""
+    for name, count in Counter(names).items():
+        if name.strip() and count > 1:
+            raise ValueError(f"{where}: {count} columns are called `{name}`; rename all but one")
+    other = next((mark for mark in ("\t", ";", ",") if len(names) == 1 and mark in names[0]), None)
+    if other is not None:
+        own, remedy = ("tab", "csv") if kind == "tsv" else ("comma", "tsv")
+        how = "write it with commas or tabs" if other == ";" else f"set task.format: {remedy}"
+        raise ValueError(f"{where}: no {own} parts the columns of `{names[0]}`, read as {kind}; {how}")
+    return list(names)
+
+
 def _jsonl(stream: IO[bytes], path: str) -> Iterator[Row]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
@@ -239,6 +296,8 @@ def _jsonl(stream: IO[bytes], path: str) -> Iterator[Row]:
 def _json(stream: IO[bytes], path: str) -> Iterator[Row]:
     """A list of objects, SQuAD's form, or (as some files named .json are) an object a line."""
     content = stream.read()
+    if not content.strip():
+        return
     first, _, rest = content.lstrip().partition(b"\n")
     if first.startswith(b"{") and first.rstrip().endswith(b"}") and rest.strip():
         yield from _jsonl(io.BytesIO(content), path)
@@ -254,22 +313,32 @@ def _json(stream: IO[bytes], path: str) -> Iterator[Row]:
 
 
 def _squad(articles: Iterable[Mapping[str, Any]], path: str) -> Iterator[Row]:
-    """One row a question, as the Hub's `squad` has them."""
-    for article in articles:
-        for paragraph in article["paragraphs"]:
-            for asked in paragraph["qas"]:
+    """One row a question, as the Hub's `squad` has them; one that has no answer has none in its list."""
+    for number, article in enumerate(articles, start=1):
+        where = f"{path}, article {number}"
+        for paragraph in _named(article, "paragraphs", where):
+            for asked in _named(paragraph, "qas", where):
+                identity = str(_named(asked, "id", where))
                 answers = asked.get("answers") or []
+                where_asked = f"{path}, question {identity}"
                 values = {
-                    "id": str(asked["id"]),
+                    "id": identity,
                     "title": article.get("title", ""),
-                    "context": paragraph["context"],
-                    "question": asked["question"],
+                    "context": _named(paragraph, "context", where),
+                    "question": _named(asked, "question", where_asked),
                     "answers": {
-                        "text": [answer["text"] for answer in answers],
-                        "answer_start": [int(answer["answer_start"]) for answer in answers],
+                        "text": [_named(answer, "text", where_asked) for answer in answers],
+                        "answer_start": [int(_named(answer, "answer_start", where_asked)) for answer in answers],
                     },
                 }
-                yield Row(values, f"{path}, question {asked['id']}")
+                yield Row(values, where_asked)
+
+
+def _named(entry: Any, name: str, where: str) -> Any:
+    """What stands under a name in SQuAD's form."""
+    if not isinstance(entry, Mapping) or name not in entry:
+        raise ValueError(f"{where}: `{name}` is missing; SQuAD's form has it in every entry of this kind")
+    return entry[name]
 
 
 def _conll(text: IO[str], path: str, columns: Sequence[str] | None, kind: str) -> Iterator[Row]:
@@ -280,7 +349,7 @@ def _conll(text: IO[str], path: str, columns: Sequence[str] | None, kind: str) -
         line = line.rstrip("\r\n")
         if not line.strip():
             if lines:
-                yield _sentence(lines, f"{path}:{begun}", columns)
+                yield _sentence(lines, f"{path}:{begun}", columns, kind)
             lines, begun = [], number + 1
             continue
         if (kind == "conllu" and line.startswith("#")) or line.startswith("-DOCSTART-"):
@@ -292,20 +361,29 @@ def _conll(text: IO[str], path: str, columns: Sequence[str] | None, kind: str) -
             raise ValueError(f"{path}:{number}: {len(fields)} columns, and {len(lines[0])} in the line before it")
         lines.append(fields)
     if lines:
-        yield _sentence(lines, f"{path}:{begun}", columns)
+        yield _sentence(lines, f"{path}:{begun}", columns, kind)
 
 
-def _sentence(lines: list[list[str]], where: str, columns: Sequence[str] | None) -> Row:
+def _sentence(lines: list[list[str]], where: str, columns: Sequence[str] | None, kind: str) -> Row:
     names = columns or [str(number) for number in range(len(lines[0]))]
     if len(names) != len(lines[0]):
-        raise ValueError(f"{where}: {len(lines[0])} columns, and task.columns names {len(names)}")
+        wanted = (
+            f"CoNLL-U has {len(names)}; other forms are task.format: conll, with their task.columns"
+            if kind == "conllu"
+            else f"task.columns names {len(names)}"
+        )
+        raise ValueError(f"{where}: {len(lines[0])} columns, and {wanted}")
     return Row({name: [fields[number] for fields in lines] for number, name in enumerate(names)}, where)
 
 
 def _parquet(path: str) -> Iterator[Row]:
     tables: Any = importlib.import_module("pyarrow.parquet")
     number = 0
-    for batch in tables.ParquetFile(path).iter_batches():
+    try:
+        file = tables.ParquetFile(path)
+    except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+        raise ValueError(f"`{path}` is no parquet file ({error}); check it, and task.format") from None
+    for batch in file.iter_batches():
         for values in batch.to_pylist():
             number += 1
             yield Row(values, f"{path}, row {number}")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pretrain.config_task import ClassificationTask, LabelledSentences, RegressionTask
 from pretrain.tasks import metrics
 from pretrain.tasks.base import Evaluated, Task, encoded, parts_pairs
-from pretrain.tasks.examples import IGNORED, Example
+from pretrain.tasks.examples import IGNORED, Example, is_target
 from pretrain.tasks.reading import Row
 
 
@@ -91,9 +91,13 @@ class Classification(_Sentences):
     def _names(self, row: Row) -> list[str]:
         """The labels of a row, as text."""
         value = row[self.section.label]
-        if value is None:
-            raise ValueError(f"{row.where}: column `{self.section.label}` is empty; give a label, or take the row out")
-        if not self.section.multi_label:
+        single = not self.section.multi_label  # of several labels none is an answer too
+        if value is None or (single and not str(value).strip() and "" not in self.section.ignore_labels):
+            remedy = "" if value is None else ", or leave such rows out with task.ignore_labels: ['']"
+            raise ValueError(
+                f"{row.where}: column `{self.section.label}` is empty; give a label or take the row out{remedy}"
+            )
+        if single:
             return [str(value).strip()]
         entries = value if isinstance(value, list | tuple) else str(value).split(self.section.label_separator)
         return [str(entry).strip() for entry in entries if str(entry).strip()]
@@ -140,7 +144,7 @@ class Classification(_Sentences):
         """Cross-entropy; of several labels the binary one, a target each."""
         logits = outputs.logits.float()  # (B, labels)
         if self.section.multi_label:
-            known = labels != IGNORED
+            known = is_target(labels)
             return F.binary_cross_entropy_with_logits(logits[known], labels[known].float(), reduction="sum")
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
@@ -159,10 +163,23 @@ class Classification(_Sentences):
             said = np.zeros_like(truth, dtype=np.int64)
             for place, chosen in enumerate(predictions):
                 said[place, chosen] = 1
-            named: list[Any] = [[self.labels[number] for number in chosen] for chosen in predictions]
-            return Evaluated(metrics.multi_label(truth.astype(np.int64), said), named)
-        names = [self.labels[number] for number in predictions]
-        return Evaluated(metrics.single_label(truth, np.array(predictions), len(self.labels)), names)
+            scores = metrics.multi_label(truth.astype(np.int64), said)
+        else:
+            scores = metrics.single_label(truth, np.array(predictions), len(self.labels))
+        named: list[Any] = [None] * len(rows)  # of a row with a label of `ignore_labels`
+        for example, chosen in zip(examples, predictions, strict=True):
+            several = self.section.multi_label
+            named[example.row] = [self.labels[number] for number in chosen] if several else self.labels[chosen]
+        return Evaluated(scores, named)
+
+    def answer_of(self, row: Row) -> Any:
+        """The label's name, or the labels' names; of a row with a label of `ignore_labels` that one."""
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        names = [
+            name if name in self.section.ignore_labels else self.labels[self._number(name, numbers, row)]
+            for name in self._names(row)
+        ]
+        return names if self.section.multi_label else names[0]
 
 
 class Regression(_Sentences):
@@ -205,7 +222,9 @@ class Regression(_Sentences):
         except (TypeError, ValueError):
             number = float("nan")
         if not np.isfinite(number):
-            raise ValueError(f"{row.where}: the label `{value}` is no number; a regression needs one")
+            raise ValueError(f"{row.where}: the label `{value}` is no number; give one, or take the row out")
+        if abs(number) > float(np.finfo(np.float32).max):
+            raise ValueError(f"{row.where}: the label `{value}` is a number too large for a model; scale the column")
         return number
 
     def encode(self, rows: Sequence[Row], *, training: bool) -> list[Example]:
@@ -216,7 +235,7 @@ class Regression(_Sentences):
 
     def loss(self, outputs: Any, labels: Tensor) -> Tensor:
         """Squared error, over the variance of the training numbers."""
-        known = labels != IGNORED
+        known = is_target(labels)
         logits = outputs.logits.float().squeeze(-1)
         errors: Tensor = (logits[known] - labels[known].float()) / self.spread
         return errors.pow(2).sum()
@@ -230,3 +249,7 @@ class Regression(_Sentences):
         """Correlations over the rows."""
         truth = np.array([float(example.label) for example in examples])
         return Evaluated(metrics.regression(truth, np.array(predictions)), list(predictions))
+
+    def answer_of(self, row: Row) -> float:
+        """Its number."""
+        return self.number_of(row)

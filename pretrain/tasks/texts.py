@@ -10,17 +10,14 @@ EOS, with the loss on target and EOS.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from pretrain.config_task import TextTask
 from pretrain.evaluation.outputs import bleu_and_chrf, without_spaces
-from pretrain.ranks import Ranks
-from pretrain.tasks.base import Evaluated
+from pretrain.tasks.base import Evaluated, Evaluation
 from pretrain.tasks.examples import Example
 from pretrain.tasks.metrics import library
 from pretrain.tasks.reading import Row
@@ -93,7 +90,8 @@ class TextToText(WritingTask):
         ids, cut = self._framed(self.section.max_length, text=source)
         label, cut_target = self._framed(self.section.max_target_length, text_target=target)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        return Example(inputs, label, place, {"prompt": ids.tolist(), "target": target}), (cut, cut_target)
+        extra = {"prompt": ids.tolist(), "target": target}
+        return Example(inputs, label, place, extra, written=len(label)), (cut, cut_target)
 
     def _framed(self, limit: int, **text: str) -> tuple[np.ndarray, bool]:
         """A text as the tokenizer frames it, with EOS where it adds nothing, cut to a limit; whether it was cut."""
@@ -124,64 +122,35 @@ class TextToText(WritingTask):
 
     # --- scores ------------------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        rows: Sequence[Row],
-        examples: Sequence[Example],
-        device: torch.device,
-        ranks: Ranks,
-        look: Callable[[], None] = lambda: None,
-    ) -> Evaluated:
-        """The loss and what comes with it; outputs too where one of their scores decides."""
-        found = super().evaluate(model, rows, examples, device, ranks, look)
-        if (self.section.metric or self.metric).removeprefix("-") not in WRITTEN:
+    def more_scores(self, asked: Evaluation, found: Evaluated) -> Evaluated:
+        """The scores of outputs too: of all test rows, of `evaluate_limit` of validation; see the class for when."""
+        found = super().more_scores(asked, found)
+        if asked.part is None and (self.section.metric or self.metric).removeprefix("-") not in WRITTEN:
             return found
-        written = self._written(model, rows, examples, device, self.section.evaluate_limit, ranks, look)
+        written = self._written(asked, None if asked.part == "test" else self.section.evaluate_limit)
         return Evaluated(found.scores | written.scores, written.predictions)
 
-    def evaluate_best(
-        self, model: nn.Module, rows: Sequence[Row], examples: Sequence[Example], device: torch.device, *, part: str
-    ) -> Evaluated:
-        """The loss, and the scores of outputs: of all test rows, of `evaluate_limit` of validation."""
-        found = super().evaluate(model, rows, examples, device, Ranks.alone())
-        limit = None if part == "test" else self.section.evaluate_limit
-        written = self._written(model, rows, examples, device, limit, Ranks.alone())
-        return Evaluated(found.scores | written.scores, written.predictions)
+    def answer_of(self, row: Row) -> str:
+        """The target."""
+        return row.text(self.section.target)
 
     def score(self, rows: Sequence[Row], examples: Sequence[Example], predictions: Sequence[Any]) -> Evaluated:
         """How many tokens of the targets are foreseen, each after the right ones before it."""
         return Evaluated(self.token_accuracy(predictions), [None] * len(rows))
 
-    def _written(
-        self,
-        model: nn.Module,
-        rows: Sequence[Row],
-        examples: Sequence[Example],
-        device: torch.device,
-        limit: int | None,
-        ranks: Ranks,
-        look: Callable[[], None] = lambda: None,
-    ) -> Evaluated:
+    def _written(self, asked: Evaluation, limit: int | None) -> Evaluated:
         """Outputs of the first examples, and their scores; None where a row has none."""
-        chosen = list(range(len(examples)))[:limit]
-        own = chosen[ranks.rank :: ranks.world]
-        texts = self.write(
-            model,
-            [examples[number].extra["prompt"] for number in own],
-            device,
+        chosen = asked.examples[:limit]
+        outputs = self.write(
+            asked,
+            [example.extra["prompt"] for example in chosen],
             max_new_tokens=self.section.max_target_length,
             num_beams=self.section.num_beams,
-            look=look,
         )
-        said: dict[int, str] = {}
-        for others in ranks.gather(dict(zip(own, texts, strict=True))):
-            said |= {int(number): text for number, text in others.items()}  # JSON's keys are text
-        outputs = [said[number] for number in chosen]
-        predictions: list[Any] = [None] * len(rows)
-        for number, output in said.items():
-            predictions[examples[number].row] = output
-        return Evaluated(self._scores(outputs, [examples[number].extra["target"] for number in chosen]), predictions)
+        predictions: list[Any] = [None] * len(asked.rows)
+        for example, output in zip(chosen, outputs, strict=True):
+            predictions[example.row] = output
+        return Evaluated(self._scores(outputs, [example.extra["target"] for example in chosen]), predictions)
 
     def _scores(self, outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         wanted: set[str] = set(self.section.scores)

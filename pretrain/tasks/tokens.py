@@ -47,8 +47,13 @@ class Tokens(Task):
     section: TokenTask
 
     def fit(self, rows: Sequence[Row]) -> None:
-        """Take the tags from the training rows."""
-        counts = Counter(tag for row in rows for tag in self._pair(row)[1])
+        """Take the tags from the training rows, and see what the tokenizer looks at."""
+        self.learn_tags(rows)
+        self.lead = lead_of(self.tokenizer)
+
+    def learn_tags(self, rows: Sequence[Row]) -> None:
+        """Take the tags from the training rows, and whether they are spans."""
+        counts = Counter(tag for row in rows for tag in self.words_and_tags(row)[1])
         self.tags = sorted(counts)
         if len(self.tags) < 2:
             raise ValueError(
@@ -62,7 +67,6 @@ class Tokens(Task):
             )
         self.spans = marked if self.section.spans is None else self.section.spans
         self.fallback = _OUTSIDE if self.spans and _OUTSIDE in counts else counts.most_common(1)[0][0]
-        self.lead = lead_of(self.tokenizer)
 
     def model_keys(self) -> dict[str, Any]:
         """Names of the tags."""
@@ -87,8 +91,12 @@ class Tokens(Task):
             raise ValueError(f"{row.where}: column `{column}` holds {str(value)[:60]!r}, and a list of texts is needed")
         return list(entries)
 
-    def _pair(self, row: Row) -> tuple[list[str], list[str]]:
-        """The words and the tags of a row."""
+    def words_and_tags(self, row: Row) -> tuple[list[str], list[str]]:
+        """The words and the tags of a row.
+
+        Raises:
+            ValueError: when they are no texts, or not equally many.
+        """
         words, tags = self._list(row, self.section.tokens), self._list(row, self.section.tags)
         if len(words) != len(tags):
             raise ValueError(
@@ -99,7 +107,7 @@ class Tokens(Task):
 
     def encode(self, rows: Sequence[Row], *, training: bool) -> list[Example]:
         """One example a sentence; of one that is too long a window each. Each word is a target of one example."""
-        pairs = [self._pair(row) for row in rows]
+        pairs = [self.words_and_tags(row) for row in rows]
         places = [place for place, (words, _) in enumerate(pairs) if words]
         if not places:
             return []
@@ -197,15 +205,22 @@ class Tokens(Task):
         numbers: list[list[int]] = outputs.logits.argmax(-1).tolist()
         return numbers
 
+    def answer_of(self, row: Row) -> list[str]:
+        """Its tags."""
+        return self.words_and_tags(row)[1]
+
     def score(self, rows: Sequence[Row], examples: Sequence[Example], predictions: Sequence[Any]) -> Evaluated:
         """Scores over all words of all rows."""
-        truth = [self._pair(row)[1] for row in rows]
+        truth = [self.words_and_tags(row)[1] for row in rows]
         said = [[self.fallback] * len(tags) for tags in truth]
         for example, numbers in zip(examples, predictions, strict=True):
             for word, carrier in example.extra:
                 said[example.row][word] = self.tags[numbers[carrier]]
-        scores = metrics.tag_spans if self.spans else metrics.tags
-        return Evaluated(scores(truth, said), said)
+        return Evaluated(self.scores_of(truth, said), said)
+
+    def scores_of(self, truth: Sequence[list[str]], said: Sequence[list[str]]) -> dict[str, float]:
+        """Scores of tags, a list a sentence: of spans, or of each."""
+        return metrics.tag_spans(truth, said) if self.spans else metrics.tags(truth, said)
 
 
 def lead_of(tokenizer: Any) -> str:

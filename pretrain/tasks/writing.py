@@ -7,22 +7,20 @@ What must not: how an input is put into words.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config_task import TaskSection
-from pretrain.evaluation.loading import LoadedModel
+from pretrain.evaluation.loading import LoadedModel, usable_positions
 from pretrain.evaluation.outputs import write_encoded
 from pretrain.evaluation.passes import Passes
-from pretrain.ranks import Ranks
-from pretrain.tasks.base import Evaluated, Task
+from pretrain.tasks.base import Evaluated, Evaluation, Task
 from pretrain.tasks.examples import IGNORED, Example, padded
-from pretrain.tasks.reading import Row
 
 _LOGITS = 1 << 26  # of a forward pass without gradients
 _LEAST_TOKENS = 512
@@ -89,35 +87,26 @@ class WritingTask(Task):
         right, count = (sum(one[place] for one in predictions) for place in (0, 1))
         return {"token_accuracy": right / count} if count else {}
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        rows: Sequence[Row],
-        examples: Sequence[Example],
-        device: torch.device,
-        ranks: Ranks,
-        look: Callable[[], None] = lambda: None,
-    ) -> Evaluated:
-        """Loss, its exponential (the perplexity of a token of the answers), and the accuracy of tokens."""
-        found = super().evaluate(model, rows, examples, device, ranks, look)
+    def more_scores(self, asked: Evaluation, found: Evaluated) -> Evaluated:
+        """The exponential of the loss too: the perplexity of a token of the answers."""
         perplexity = {"perplexity": math.exp(min(found.scores["loss"], 700.0))} if "loss" in found.scores else {}
         return Evaluated(found.scores | perplexity, found.predictions)
 
     def write(
         self,
-        model: Any,
+        asked: Evaluation,
         prompts: Sequence[Sequence[int]],
-        device: torch.device,
         *,
         max_new_tokens: int,
         num_beams: int = 1,
         stops: Collection[int] = (),
-        look: Callable[[], None] = lambda: None,
     ) -> list[str]:
-        """What a model writes for each input: the likeliest answer, by beams if there are some."""
+        """What the model writes for each input: the likeliest answer, by beams if there are some."""
         kind: Any = "causal" if self.causal else "seq2seq"
-        loaded = LoadedModel(model, self.tokenizer, kind, "the fine-tuned model", "", device)
-        passes = Passes(device, batch_tokens=self.tokens_a_batch, progress=lambda *_: look())
+        loaded = LoadedModel(asked.model, self.tokenizer, kind, "the fine-tuned model", "", asked.device)
+        passes = Passes(
+            asked.device, batch_tokens=self.tokens_a_batch, progress=lambda *_: asked.look(), ranks=asked.ranks
+        )
         stopping = {*stops, self.tokenizer.eos_token_id} - {None}
         made = write_encoded(
             loaded, prompts, passes, num_beams=num_beams, max_new_tokens=max_new_tokens, stops=stopping
@@ -131,8 +120,8 @@ def check_room(model: Any, wanted: int, key: str) -> None:
     Raises:
         ValueError: names the key.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < wanted:
+    positions = usable_positions(model)
+    if positions is not None and positions < wanted:
         raise ValueError(f"{key}: {wanted} tokens do not fit the {positions} positions of the model; lower it")
 
 

@@ -153,6 +153,12 @@ def divisors(counts: Mapping[str, float]) -> dict[str, Any]:
 
 
 def without_targets(arrays: Mapping[str, np.ndarray], *, tokens: bool = False) -> dict[str, np.ndarray]:
-    """The same arrays with every target ignored; with `tokens`, for a loss that counts each of them, all as padding."""
-    empty = {name: np.full_like(array, IGNORED) if name in TARGETS else array for name, array in arrays.items()}
+    """The same arrays with every target ignored; with `tokens`, for a loss that counts each of them, all as padding.
+
+    Targets that are no whole numbers, of which -100 may be one, are ignored as NaN.
+    """
+    empty = {
+        name: np.full_like(array, np.nan if array.dtype.kind == "f" else IGNORED) if name in TARGETS else array
+        for name, array in arrays.items()
+    }
     return empty | ({"document_ids": np.zeros_like(arrays["input_ids"])} if tokens else {})

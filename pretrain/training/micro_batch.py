@@ -15,13 +15,15 @@ from pretrain.planning.choice import planned_micro_batch
 from pretrain.planning.facts import ModelFacts
 from pretrain.ranks import Ranks
 from pretrain.training.engines import Engine
-from pretrain.training.feed import Data, Feed, counts_of, divisors, largest_share
+from pretrain.training.feed import Data, Feed, MicroBatch, counts_of, divisors, item_counts_of, largest_share
 
 _CPU_TOKENS = 4096
 
 
 def choose_micro_batch(config: LoopConfig, precision: str, engine: Engine, data: Data, facts: ModelFacts | None) -> int:
     """Rows of a forward pass, the same on every rank. All of them call it together.
+
+    Where rows meet in a pass, `auto` is all that a process has of a step: fewer would be another loss.
 
     Args:
         config: the run configuration.
@@ -37,6 +39,8 @@ def choose_micro_batch(config: LoopConfig, precision: str, engine: Engine, data:
     if config.train.micro_batch != "auto":
         return min(rows, config.train.micro_batch)
     if engine.device.type != "cuda":
+        if config.rows_meet:
+            return rows
         return min(rows, max(1, _CPU_TOKENS // config.row_tokens))
     micro_batch = rows
     if facts is not None:
@@ -47,7 +51,7 @@ def choose_micro_batch(config: LoopConfig, precision: str, engine: Engine, data:
     # Where ranks meet within a pass, one that has run out of memory leaves the others waiting: it is not tried twice.
     meets = engine.name.startswith("zero") or (engine.name == "fsdp2" and ranks.world > 1)
     while not fits(engine, data, micro_batch):
-        if micro_batch == 1 or meets:
+        if micro_batch == 1 or meets or config.rows_meet:
             raise torch.OutOfMemoryError(
                 f"train.micro_batch: {micro_batch} rows do not fit on the device; give fewer, or use "
                 "train.gradient_checkpointing=true, shorter rows, or an engine that shards more (train.strategy)"
@@ -56,13 +60,23 @@ def choose_micro_batch(config: LoopConfig, precision: str, engine: Engine, data:
     return micro_batch
 
 
+def _largest(data: Data, rows: int) -> MicroBatch:
+    """Rows that take as much memory as any so many, where the data plane tells which; else all are equally long."""
+    find = getattr(data, "largest", None)
+    if find is None:
+        (trial,) = Feed(data, rows, rows, Ranks.alone()).micro_batches(0)
+        return trial
+    batch = find(rows)
+    return MicroBatch(batch.arrays, batch.num_targets, batch.num_tokens, batch.row_ids, item_counts_of(batch))
+
+
 def fits(engine: Engine, data: Data, micro_batch: int) -> bool:
     """Whether a forward and backward pass of so many rows goes through on every rank, with room for the state."""
     held = sum(shape.nbytes for shape in engine.shapes().values() if shape.trained)
     if engine.name not in ("single", "ddp"):
         held //= engine.config.shard_size or engine.ranks.world
     whole = True
-    (trial,) = Feed(data, micro_batch, micro_batch, Ranks.alone()).micro_batches(0)
+    trial = _largest(data, micro_batch)
 
     def share() -> Tensor:
         loss: Tensor = engine.model(**trial.tensors(engine.device), **divisors(counts_of([trial]))).loss

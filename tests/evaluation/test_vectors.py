@@ -13,11 +13,12 @@ from tiny_models import build, word_tokenizer
 
 from pretrain.evaluation.loading import LoadedModel, load_model
 from pretrain.evaluation.passes import Passes
-from pretrain.evaluation.vectors import mean_vectors, score_retrieval, score_similarity
+from pretrain.evaluation.vectors import answer_places, mean_vectors, score_retrieval, score_similarity
 from tests.two_ranks import two_ranks
 
 CPU = torch.device("cpu")
 PASSES = Passes(CPU, batch_tokens=64)
+SCORES = [("recall", 1), ("recall", 10), ("mrr", 10), ("ndcg", 10)]
 
 
 @pytest.mark.parametrize("name", ["modernbert", "bert", "roberta", "gpt2", "llama"])
@@ -144,7 +145,40 @@ def test_a_candidate_as_near_as_the_answer_stands_before_it(directories: dict[st
         torch.nn.init.constant_(parameter, 1.0)
     words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then"]
     found = score_retrieval(model, words, words, [[number] for number in range(12)], PASSES, window=24)
-    assert (found["recall_at_1"], found["recall_at_10"], found["mrr_at_10"]) == (0.0, 0.0, 0.0)
+    assert {found[f"{score}_at_{cut}"] for score, cut in SCORES} == {0.0}
+    several = score_retrieval(model, words[:1], words, [[0, 1, 2]], PASSES, window=24)
+    assert several["mrr_at_10"] == pytest.approx(1 / 10)  # behind the nine that answer nothing
+
+
+def test_the_places_of_answers() -> None:
+    """Behind all that are as near, whatever their order, but not behind each other; what is no number is nowhere."""
+    near = np.array([0.9, 0.5, 0.5 + 1e-14, 0.7, 0.5])
+    assert answer_places(near, [0]).tolist() == [1]
+    assert answer_places(near, [1]).tolist() == [5]
+    assert answer_places(near, [4, 2]).tolist() == [4, 5]
+    assert answer_places(near, [1, 3]).tolist() == [2, 5]
+    assert answer_places(near, [1, 2, 4]).tolist() == [3, 4, 5]
+    assert answer_places(np.full(5, np.nan), [2]).tolist() == [5]
+    for order in ([4, 3, 2, 1, 0], [1, 0, 3, 2, 4]):
+        places = [answer_places(near[order], [order.index(one)])[0] for one in range(5)]
+        assert places == [1, 5, 5, 2, 5]
+
+
+def test_ndcg_is_that_of_scikit_learn_where_nothing_is_equally_near(
+    directories: dict[str, Path], sentences: list[str]
+) -> None:
+    from sklearn.metrics import ndcg_score
+
+    model = load_model(directories["bert"], device="cpu", head=False)
+    queries, candidates = sentences[:4], sentences[4:30]
+    answers = [[0], [3, 9], [5, 7, 11, 20], list(range(14))]
+    found = score_retrieval(model, queries, candidates, answers, PASSES, window=24)
+    vectors = mean_vectors(model, [*queries, *candidates], PASSES, window=24)[0].astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    right = np.zeros((4, len(candidates)))
+    for row, numbers in enumerate(answers):
+        right[row, numbers] = 1.0
+    assert found["ndcg_at_10"] == pytest.approx(ndcg_score(right, vectors[:4] @ vectors[4:].T, k=10))
 
 
 def test_two_processes_share_the_texts(directories: dict[str, Path], sentences: list[str]) -> None:

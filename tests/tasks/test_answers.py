@@ -275,7 +275,10 @@ def test_a_tiny_decoder_is_trained_and_scored(tmp_path: Path) -> None:
     assert {"test/exact_match", "test/f1"} <= set(result["summary"])
     lines = (tmp_path / "qa" / "seed-0" / "predictions-test.jsonl").read_text().splitlines()
     assert len(lines) == result["rows"]["test"]
-    assert set(json.loads(lines[0])) == {"id", "answer"}
+    said = [json.loads(line) for line in lines]
+    assert [line["row"] for line in said] == list(range(len(lines)))
+    assert all(set(line["prediction"]) == {"id", "answer"} for line in said)
+    assert all(len(line["label"]) == 1 and line["label"][0] in CONTEXT for line in said)
     tuned, given = (
         AutoModelForQuestionAnswering.from_pretrained(tmp_path / "qa" / "model").transformer,
         AutoModel.from_pretrained(tmp_path / "model"),

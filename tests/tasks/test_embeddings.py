@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.nn import functional as F
 from transformers import BertForMaskedLM, BertModel
 
+from pretrain.changes import ChangedConfigError, changes_at_resume
 from pretrain.config import validated
 from pretrain.config_task import TuningConfig, load_tuning
 from pretrain.finetune import finetune
@@ -125,3 +126,31 @@ def test_sentence_transformers_loads_what_comes_out(tmp_path: Path) -> None:
     theirs = SentenceTransformer(str(directory), device="cpu").encode([one for one, _ in PAIRS])
     ours = means(BertModel.from_pretrained(directory).eval(), [one for one, _ in PAIRS]).detach().numpy()
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+def test_what_shares_a_pass_is_part_of_the_loss_and_stays(tmp_path: Path) -> None:
+    """All rows of a process by itself; another micro-batch, or another number of processes, is refused later."""
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"anchor": a, "positive": b, "s": 1}) for a, b in PAIRS * 14)
+    )
+    BertForMaskedLM(config_of("bert")).save_pretrained(tmp_path / "model")
+    wordpiece().save_pretrained(tmp_path / "model")
+    (tmp_path / "task.yaml").write_text(
+        f"name: e\nout: {tmp_path}\ntask: {{kind: embeddings, root: {tmp_path}, train: [a.jsonl], "
+        "validation: [a.jsonl], max_length: 128}\n"
+        "train: {steps: 1, batch_size: 40, precision: fp32}\nlog: {to: [jsonl]}\n"
+    )
+    config = load_tuning(tmp_path / "task.yaml")
+    assert finetune(tmp_path / "model", config, console=Console(quiet=True)) == 0
+    start = json.loads((config.directory / "seed-0/train/starts.jsonl").read_text().splitlines()[0])
+    assert start["micro_batch"] == 40  # a CPU's caches would like fewer: 40 x 2 x 128 tokens
+    other = load_tuning(tmp_path / "task.yaml", ["train.micro_batch=20"])
+    with pytest.raises(ChangedConfigError, match=r"train.micro_batch: 'auto' -> 20 .*micro-batch are part of the loss"):
+        finetune(tmp_path / "model", other, console=Console(quiet=True))
+    plain = config.as_dict()
+    with pytest.raises(ChangedConfigError, match=r"train.processes: 1 -> 2 .*are part of the loss"):
+        changes_at_resume(plain, config, ["train"], attention_dropout=0.0, processes=(1, 2))
+    scored = load_tuning(tmp_path / "task.yaml", ["task.score=s"])
+    assert changes_at_resume(scored.as_dict(), scored, attention_dropout=0.0, processes=(1, 2))
+    stated = load_tuning(tmp_path / "task.yaml", ["train.processes=1"])
+    assert changes_at_resume(plain, stated, attention_dropout=0.0, processes=(1, 1))

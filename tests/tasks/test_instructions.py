@@ -145,8 +145,11 @@ def test_a_run_saves_the_template_and_a_pipeline_answers_with_it(tmp_path: Path)
     assert set(found["test"]) == {"loss", "perplexity", "token_accuracy"}
     assert found["test"]["token_accuracy"] == 1.0
     lines = [json.loads(line) for line in (out / "seed-0" / "predictions-test.jsonl").read_text().splitlines()]
-    assert [line["output"] for line in lines] == ["yes"] * 3
-    assert lines[0] == {"messages": chats[0]["messages"][:1], "answer": "yes", "output": "yes"}
+    assert [line["row"] for line in lines] == list(range(24))
+    said = [line["prediction"] for line in lines]
+    assert [one["output"] for one in said[:3]] == ["yes"] * 3
+    assert said[3:] == [None] * 21
+    assert said[0] == {"messages": chats[0]["messages"][:1], "answer": "yes", "output": "yes"}
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert tokenizer.chat_template == default_template(tokenizer)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pyarrow
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import validated
 from pretrain.config_task import TaskConfig, TuningConfig, load_tuning
-from pretrain.tasks.reading import read_parts
+from pretrain.tasks.reading import COLUMN_KEYS, read_parts
 
 
 def task(**keys: Any) -> TaskConfig:
@@ -91,7 +91,23 @@ def test_sentences_a_line_a_word(tmp_path: Path) -> None:
         ("a.tsv", b"text\n\xff\n", {}, "no UTF-8"),
         ("a.xyz", "a", {}, "task.format"),
         ("a.conll", "a\tO\nb\n", {}, "1 columns, and 2 in the line before"),
-        ("a.tsv", "text\tlabel\n", {}, "task.train: there are no rows"),
+        ("a.tsv", "text\tlabel\n", {}, "task.train: there are no rows in the files of `"),
+        ("a.json", " \n", {}, "task.train: there are no rows"),
+        ("a.parquet", b"", {}, "is no parquet file"),
+        ("a.conllu", "# text = a\n\n# more\n", {"kind": "token-classification"}, "task.train: there are no rows"),
+        ("a.conllu", "1\ta\tX\n", {"kind": "token-classification"}, "3 columns, and CoNLL-U has 10; other forms are"),
+        ("a.csv", "text;label\na;1\n", {}, "a.csv:1: no comma parts the columns of `text;label`, read as csv; write"),
+        ("a.csv", "text\tlabel\na\t1\n", {}, "set task.format: tsv"),
+        ("a.tsv", "text,label\na,1\n", {}, "set task.format: csv"),
+        ("a.csv", "text,label,text\na,1,b\n", {}, "a.csv:1: 2 columns are called `text`; rename all but one"),
+        ("a.json", '{"data": [{"paragraphs": [{"context": "a", "qas": [{}]}]}]}', {}, "article 1: `id` is missing"),
+        ("a.json", '{"data": [{"paragraphs": [{"qas": [{"id": 7}]}]}]}', {}, "article 1: `context` is missing"),
+        (
+            "a.json",
+            '{"data": [{"paragraphs": [{"qas": [{"id": 7}], "context": ""}]}]}',
+            {},
+            "question 7: `question` is",
+        ),
     ],
 )
 def test_what_cannot_be_read(tmp_path: Path, name: str, content: str | bytes, keys: dict[str, Any], said: str) -> None:
@@ -100,6 +116,9 @@ def test_what_cannot_be_read(tmp_path: Path, name: str, content: str | bytes, ke
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(ValueError, match=r"task\.train: there are no rows in the files of `a\.csv`"):
+        read_parts(task(train=["a.csv"], root=str(tmp_path), validation={"fraction": 0.1}))
     with pytest.raises(ValueError, match=r"task\.train: `.*nothing\.tsv` names no file"):
         read_parts(task(train=["nothing.tsv"], root=str(tmp_path)))
     with pytest.raises(ValueError, match="cannot be loaded"):
@@ -204,3 +223,32 @@ def test_repeated_rows_are_counted_and_a_limit_takes_the_same_rows(tmp_path: Pat
     few, more = (read_parts(task(**keys, train_limit=limit)).train for limit in (5, 9))
     assert len(few) == 5
     assert {row["text"] for row in few} < {row["text"] for row in more}
+
+
+def test_numbers_of_rows_hide_no_repeats(tmp_path: Path) -> None:
+    """What the task does not look at (GLUE's `idx`, say) tells no row from another."""
+    lines = [{"idx": n, "text": f"t{n % 10}", "label": n % 2} for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"idx": 999, "text": "t3", "label": 1}))
+    keys: dict[str, Any] = {"train": ["a.jsonl"], "root": str(tmp_path)}
+    assert read_parts(task(**keys, validation=["b.jsonl"], test=["b.jsonl"])).repeated == 1
+    other = task(**keys, validation=["b.jsonl"], test=["b.jsonl"], text="idx", label="text")
+    assert read_parts(other).repeated == 0
+    held = read_parts(task(**keys, validation={"fraction": 0.3}, test={"fraction": 0.3}))
+    texts = [{row["text"] for row in part} for part in (held.train, held.validation, held.test)]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 10
+    assert sum(map(len, (held.train, held.validation, held.test))) == 60
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: there is no column `title`; there are `idx`, `text`, `label`"):
+        read_parts(task(**keys, text="title"))
+
+
+def test_the_columns_of_every_kind_are_known() -> None:
+    """Each key of a task that names a column is one that tells its rows apart."""
+    for section in get_args(TaskConfig):
+        kind = section.model_fields["kind"].annotation.__args__[0]
+        named = {key for key, one in section.model_fields.items() if _is_column(one.annotation)}
+        assert named == set(COLUMN_KEYS.get(kind, ())), kind
+
+
+def _is_column(annotation: Any) -> bool:
+    return {str, int} <= set(getattr(annotation, "__args__", ()))

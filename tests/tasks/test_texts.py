@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from writing_models import BOS, EOS, PAD, build, byte_tokenizer, model_directory
 from pretrain.config_task import TextTask, TunedModel
 from pretrain.evaluation.outputs import bleu_and_chrf
 from pretrain.finetune import finetune
+from pretrain.ranks import Ranks
+from pretrain.tasks.base import Evaluation
 from pretrain.tasks.heads import install, read_model, read_tuned
 from pretrain.tasks.reading import Row
 from pretrain.tasks.texts import TextToText, rouge
+from tests.two_ranks import two_ranks
 
 CPU = torch.device("cpu")
 PAIRS = [("one red apple", "un"), ("two", "deux pommes"), ("three small trees", "trois"), ("red", "rouge vif")]
@@ -25,6 +29,10 @@ ROWS = [Row({"source": source, "target": target}, f"rows:{n}") for n, (source, t
 def make(*, causal: bool, **keys: Any) -> TextToText:
     section = TextTask(kind="text-to-text", train=("x",), max_length=32, max_target_length=12, **keys)
     return TextToText(section, byte_tokenizer(), causal=causal)
+
+
+def asked(model: Any) -> Evaluation:
+    return Evaluation(model, (), (), CPU, Ranks.alone())
 
 
 @pytest.mark.parametrize("architecture", ["marian", "t5", "loom-seq2seq", "llama", "gpt2", "loom-decoder"])
@@ -82,7 +90,7 @@ def test_outputs_are_those_of_the_class_for_each_input_alone(architecture: str) 
     examples = task.encode(ROWS, training=False)
     model = build(architecture, len(task.tokenizer), drawn=0.4)
     prompts = [example.extra["prompt"] for example in examples]
-    written = task.write(model, prompts, CPU, max_new_tokens=9, num_beams=2)
+    written = task.write(asked(model), prompts, max_new_tokens=9, num_beams=2)
     for prompt, text in zip(prompts, written, strict=True):
         made = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), max_new_tokens=9, num_beams=2,
@@ -151,8 +159,10 @@ def test_a_run_learns_and_is_judged_by_what_it_writes(tmp_path: Path) -> None:
     out = tmp_path / "out" / "tuned"
     found = json.loads((out / "seed-0" / "result.json").read_text())
     lines = [json.loads(line) for line in (out / "seed-0" / "predictions-test.jsonl").read_text().splitlines()]
-    assert len(lines) == len(rows)
-    right = sum(line == row["target"] for line, row in zip(lines, rows, strict=True))
+    assert [line["row"] for line in lines] == list(range(len(rows)))
+    assert [line["label"] for line in lines] == [row["target"] for row in rows]
+    said = [line["prediction"] for line in lines]
+    right = sum(line == row["target"] for line, row in zip(said, rows, strict=True))
     assert found["test"]["exact_match"] == right / len(rows) > 0.3
     assert found["test"]["loss"] < 1.0
     assert {"chrf", "exact_match", "token_accuracy", "perplexity"} <= set(found["validation"])
@@ -162,4 +172,43 @@ def test_a_run_learns_and_is_judged_by_what_it_writes(tmp_path: Path) -> None:
     task = make(causal=True)
     again = read_tuned(out / "model", task, CPU)
     prompts = [example.extra["prompt"] for example in task.encode([Row(row, "") for row in rows], training=False)]
-    assert task.write(again, prompts, CPU, max_new_tokens=8) == lines
+    assert task.write(asked(again), prompts, max_new_tokens=8) == said
+
+
+def test_what_is_computed_is_not_learnt(tmp_path: Path) -> None:
+    """Marian's sinusoids get no gradient, and engines that update flat buffers refuse such a weight."""
+    chosen = TunedModel.model_validate({"from": str(model_directory(tmp_path, "marian"))})
+    model, _ = read_model(chosen, make(causal=False), 0)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"]
+
+
+class Writer(torch.nn.Module):
+    """Says an input's last byte again, and ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.generation_config = SimpleNamespace(), SimpleNamespace(eos_token_id=EOS)
+        self.widths: list[int] = []
+
+    def generate(self, *, input_ids: torch.Tensor, synced_gpus: bool, **others: Any) -> torch.Tensor:
+        """(B, L + 2)."""
+        assert synced_gpus
+        self.widths.append(input_ids.shape[1])
+        return torch.cat([input_ids, input_ids[:, -1:], torch.full_like(input_ids[:, :1], EOS)], dim=1)
+
+
+def test_processes_write_in_equally_many_turns() -> None:
+    """Five inputs of five lengths: three turns on each of two processes, and every process has all outputs."""
+    texts = [letter * length for letter, length in zip("abcde", (4, 9, 2, 7, 5), strict=True)]
+
+    def write(ranks: Any) -> Any:
+        task, model, looks = make(causal=True), Writer(), list[int]()
+        prompts = [task.tokenizer(text)["input_ids"] for text in texts]
+        given = Evaluation(model, (), (), CPU, ranks, lambda: looks.append(len(model.widths)))
+        return task.write(given, prompts, max_new_tokens=4), model.widths, looks
+
+    first, second = two_ranks(write)
+    assert first[0] == second[0] == list("abcde")
+    assert (first[1], second[1]) == ([9, 5, 2], [7, 4, 2])  # the last turn has one batch
+    assert first[2] == second[2] == [1, 2, 3]
