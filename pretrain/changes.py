@@ -148,7 +148,7 @@ class Change:
 
     @property
     def rule(self) -> Rule:
-        """What the change does. A micro-batch of `auto` is the checkpoint's."""
+        """What the change does. A micro-batch of `auto` is the checkpoint's, but where rows meet it is refused too."""
         if self.meets and self.key in _MEETS and None not in (self.before, self.after):
             return _MEETING
         kept = self.key == "train.micro_batch" and self.after == "auto"

@@ -33,7 +33,7 @@ Columns = Column | tuple[Column, ...]
 class HeldOut(Section):
     """Validation or test examples taken out of the training ones."""
 
-    fraction: OpenShare = Field(description="share of the rows, by a hash of each")
+    fraction: OpenShare = Field(description="share of the rows, by a hash of the columns that the task names")
     by: Column | None = Field(None, description="rows with one value in this column stay together (an article, say)")
 
 
@@ -54,7 +54,9 @@ class TaskSection(Section):
     )
     quoting: StrictBool | None = Field(None, description="whether quotes enclose fields; none: in csv, not in tsv")
     max_length: Positive = Field(128, description="tokens of an input, special ones included")
-    train_limit: Positive | None = Field(None, description="use this many training rows, by a hash of each")
+    train_limit: Positive | None = Field(
+        None, description="use this many training rows, by a hash of the task's columns"
+    )
     metric: str | None = Field(None, description="decides which checkpoint is best; none: the task's own")
 
 

@@ -195,7 +195,7 @@ class _Seed:
         ranks.on_main(self._write_tokenizer)
         model, new = read_model(config.model, self.task, config.train.seed, trust_remote_code=self.trust_remote_code)
         check_length(model, config.task.max_length, str(config.model.from_))
-        prepare_passes(model, config.train, self.job.device, config.row_tokens)
+        prepare_passes(model, config.train, self.job.device, config.task.max_length)
         install(model, self.task)
         if config.model.adapters is not None:
             model = add_adapters(model, new, config.model.adapters, config.train.seed)

@@ -213,7 +213,8 @@ def scores(facts: Facts) -> str:
         for metric, own in (tuning.own.get(part) or {}).items():
             spread = tuning.result["summary"][f"{part}/{metric}"]
             numbers = (number(spread[key]) for key in ("median", "min", "max"))
-            rows.append((part, cell(score_name(metric)), *numbers, number(own)))
+            name = "loss" if metric == "loss" else score_name(metric)  # of a regression it is not in nats
+            rows.append((part, cell(name), *numbers, number(own)))
     seeds = f"Over {counted(len(tuning.seeds), 'seed')}; the last column is of the model that lies here."
     once = "The test rows were scored once a seed, by its best checkpoint. " if tuning.own.get(TEST) else ""
     parts = [seeds, table(head, rows), f"{once}Validation scores chose the checkpoints, so they flatter the model."]

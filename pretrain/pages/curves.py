@@ -128,7 +128,7 @@ def score_charts(runs: Sequence[RunCurves]) -> list[dict[str, Any]]:
         name, _, score = key.rpartition("/")
         if score == "num_targets" or (len(known) == 1 and score.startswith("num_")):
             continue
-        title = f"{name}: {score_name(score)}"
+        title = f"{name}: {'loss' if score == 'loss' else score_name(score)}"  # of a regression it is not in nats
         axis = {"percent": score in _SHARES, "log": any(word in score for word in _UNBOUNDED)}
         charts.append({"kind": "score", "key": key, "title": title, **axis})
     return charts

@@ -22,6 +22,7 @@ from pretrain.publishing.selection import INDEX, Selection, is_document, is_of_a
 
 CONFIG, CARD, ADAPTER = "config.json", "README.md", "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".mar", ".nemo")
+_PICKLED_WEIGHTS = re.compile(r"(pytorch|adapter)_model.*\.bin")
 _PICKLED = re.compile(rb"\x80[\x02-\x05]")
 _TEXT_BYTES = 64 << 20  # larger files that are no weights are searched in their first bytes only
 _HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -90,6 +91,7 @@ def look_into(directory: Path, digests: Mapping[str, str] | None = None, also: S
     if digests is not None:
         _refuse_missing(directory, names, digests)
     _refuse_no_model(directory, names)
+    _refuse_pickled_parts(names, selection.unknown, directory)
     for name in names:
         if not (directory / name).is_file():
             raise ArtifactError(f"`{directory / name}` is no file; remove it")
@@ -220,13 +222,35 @@ def _check_config(directory: Path, names: list[str]) -> Mapping[str, Any]:
         raise ArtifactError(f"`{path}` cannot be read ({error}); export the model again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ArtifactError(f"`{path}` names no model_type; export the model again")
-    code = config.get("auto_map") or {}
+    for name in names:
+        if name.rpartition("/")[2] == CONFIG:
+            _check_code(directory, name, names)
+    return config
+
+
+def _check_code(directory: Path, name: str, names: Sequence[str]) -> None:
+    """The code that a configuration names lies beside it, and goes with it."""
+    config: Any = json.loads((directory / name).read_text(encoding="utf-8"))
+    code = config.get("auto_map") if isinstance(config, dict) else None
     for target in code.values() if isinstance(code, dict) else ():
         for entry in target if isinstance(target, list) else [target]:
-            module = f"{str(entry).partition('.')[0]}.py"
+            module = f"{name.removesuffix(CONFIG)}{str(entry).partition('.')[0]}.py"
             if entry is not None and "--" not in str(entry) and module not in names:
-                raise ArtifactError(f"`{path}` says that the model's code is in {module}, which is not there")
-    return config
+                raise ArtifactError(
+                    f"`{directory / name}` says that the model's code is in {module}, which is not there"
+                )
+
+
+def _refuse_pickled_parts(names: Sequence[str], stays: Sequence[str], directory: Path) -> None:
+    """A folder that goes needs its weights: of a module that has them as a pickle alone, nothing would be loaded."""
+    for name in stays:
+        folder, _, last = name.rpartition("/")
+        beside = [other for other in names if other.rpartition("/")[0] == folder]
+        if folder and _PICKLED_WEIGHTS.fullmatch(last) and beside and not any(o.endswith(_WEIGHTS) for o in beside):
+            raise ArtifactError(
+                f"`{directory / name}` holds the weights of `{folder}` as a pickle alone, which runs code when it is "
+                "loaded; load the model and save it again with save_pretrained, which writes .safetensors"
+            )
 
 
 def _check_index(directory: Path, names: list[str]) -> None:

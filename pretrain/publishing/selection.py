@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pretrain.files import ArtifactError
@@ -30,7 +30,7 @@ _HIDDEN_THAT_GO = frozenset({".eval_results", ".gitattributes"})
 # Written by people, or anew by `pretrain card`: they may differ from what a manifest says of them, or be gone.
 _DOCUMENTS = re.compile(
     r"README\.md|training-curve\.svg|\.eval_results/[^/]+\.ya?ml|\.gitattributes|CITATION\.cff"
-    r"|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-][^/]*)?",
+    r"|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(-\w+(\.\d+)*)?(\.(md|txt|rst|pdf|html))?",
     re.IGNORECASE,
 )
 _WRITTEN_LATER = re.compile(r"generation_config\.json|chat_template\.(jinja|json)")
@@ -38,17 +38,18 @@ _WRITTEN_LATER = re.compile(r"generation_config\.json|chat_template\.(jinja|json
 _WEIGHTS = r"model(\.\w+)?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index(\.\w+)?\.json"
 _TOKENIZER = (
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)"
-    r"|vocab\.(json|txt|bpe)|merges\.txt|normalizer\.json|dict\.txt|bpe\.codes|[\w.-]+\.(model|spm|tiktoken)"
+    r"|[\w-]*vocab[\w-]*\.(json|txt|bpe)|merges\.txt|normalizer\.json|dict\.txt|bpe\.codes|[\w.-]+\.(model|spm|tiktoken)"
+    r"|(encoder|emoji|word_shape|word_pronunciation|tekken)\.json"
 )
 _OTHERS = (
     r"config\.json|generation_config\.json|((image_|video_)?pre)?processor_config\.json"
-    r"|modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json"
+    r"|modules\.json|router_config\.json|config_sentence_transformers\.json|sentence_\w+_config\.json"
 )
 _ADAPTER = r"adapter_config\.json|adapter_model\.safetensors"
 _OF_A_MODEL = re.compile(f"{_WEIGHTS}|{_TOKENIZER}|{_OTHERS}|{_ADAPTER}")
 
-# A detector's generator, the adapters beside a merged model, the modules of sentence-transformers (`1_Pooling`).
-_FOLDERS = re.compile(r"generator|adapter|\d+_[A-Z]\w*")
+_FOLDERS = frozenset({"", "generator", "adapter"})
+"""The model's own, that of a detector's generator, the adapters beside a merged model."""
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _CODE = re.compile(r"\w+\.py")
 
@@ -81,15 +82,16 @@ def select(directory: Path, manifest: Collection[str] | None, also: Sequence[str
     """
     files, never = _listed(directory)
     if manifest is None:
-        code, shards = _carries_code(directory), _shards(directory)
-        goes = {name for name in files if _is_a_models(name, code=code) or name in shards}
+        folders, shards = _FOLDERS | _modules(directory), _shards(directory)
+        with_code = {folder for folder in folders if _carries_code(directory / folder)}
+        goes = {name for name in files if _is_a_models(name, folders, with_code) or name in shards}
     else:
         goes = {name for name in files if name in manifest or _WRITTEN_LATER.fullmatch(name)}
     goes |= {name for name in files if is_document(name)}
     for pattern in also:
-        asked = {name for name in files if fnmatchcase(name, pattern)}
+        asked = {name for name in files if _answers(name, pattern)}
         if not asked:
-            hidden = [name for name in never if fnmatchcase(name.rstrip("/"), pattern.rstrip("/"))]
+            hidden = [name for name in never if _answers(name.rstrip("/"), pattern.rstrip("/"))]
             why = f"; `{hidden[0]}` never leaves this machine" if hidden else "; give a file's path in it, or a pattern"
             raise ArtifactError(f"--also {pattern}: no file of `{directory}` is called so{why}")
         goes |= asked
@@ -119,17 +121,42 @@ def in_few_words(names: Iterable[str]) -> list[str]:
     return sorted([*shown, *(f"{folder}/ ({count} file{'s' * (count > 1)})" for folder, count in folders.items())])
 
 
-def _is_a_models(name: str, *, code: bool) -> bool:
+def _answers(name: str, pattern: str) -> bool:
+    """Whether a path is meant by a pattern, whose `*` stays within a folder as in a shell."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def _is_a_models(name: str, folders: Collection[str], with_code: Collection[str]) -> bool:
     """Whether a path is one that the libraries give a model's files."""
     folder, _, last = name.rpartition("/")
-    if _TEMPLATES.fullmatch(name) or (code and _CODE.fullmatch(name)):
+    if _TEMPLATES.fullmatch(name) or (folder in with_code and _CODE.fullmatch(last)):
         return True
-    return is_of_a_model(last) and (not folder or bool(_FOLDERS.fullmatch(folder)))
+    return folder in folders and is_of_a_model(last)
 
 
-def _carries_code(directory: Path) -> bool:
-    """Whether the configuration of the model or of its tokenizer says that code lies beside it."""
-    return any(_read(directory / name).get("auto_map") for name in ("config.json", "tokenizer_config.json"))
+def _carries_code(folder: Path) -> bool:
+    """Whether the configuration of a model, its tokenizer or its processor says that code lies beside it."""
+    return any(_read(path).get("auto_map") for path in folder.glob("*config.json"))
+
+
+def _modules(directory: Path) -> set[str]:
+    """The folders of sentence-transformers' modules, those among which a router chooses too.
+
+    Raises:
+        ArtifactError: when one is missing, or named outside of the directory.
+    """
+    listed: Any = _read_any(directory / "modules.json")
+    named = (
+        [str(entry.get("path", "")) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    )
+    for folder in ["", *named]:
+        routes = _read(directory / folder / "router_config.json").get("types")
+        named += [f"{folder}/{name}".lstrip("/") for name in routes] if isinstance(routes, dict) else []
+    found = {PurePosixPath(name).as_posix() for name in named if name not in ("", ".")}
+    for name in sorted(found):
+        if not (directory / name).is_dir():
+            raise ArtifactError(f"`{directory / name}` is missing, and modules.json names it; save the model again")
+    return found
 
 
 def _shards(directory: Path) -> frozenset[str]:
@@ -140,11 +167,16 @@ def _shards(directory: Path) -> frozenset[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON file's entries; none of what is no such file, which `contents` refuses."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    found = _read_any(path)
     return found if isinstance(found, dict) else {}
+
+
+def _read_any(path: Path) -> Any:
+    """What a JSON file holds; None of what is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _listed(directory: Path) -> tuple[list[str], list[str]]:

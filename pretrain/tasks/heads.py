@@ -187,7 +187,7 @@ def check_length(model: Any, wanted: int, source: str) -> None:
         raise ValueError(f"task.max_length: {wanted} is longer than the {positions} positions of `{source}`; lower it")
 
 
-def prepare_passes(model: Any, train: LoopTrainConfig, device: torch.device, row_tokens: int) -> None:
+def prepare_passes(model: Any, train: LoopTrainConfig, device: torch.device, max_length: int) -> None:
     """Take the attention backend and the checkpointing of activations that the configuration asks for.
 
     `train.attention: auto` keeps what transformers chose, but for short rows on a CPU: the backward pass of torch's
@@ -196,7 +196,7 @@ def prepare_passes(model: Any, train: LoopTrainConfig, device: torch.device, row
     Raises:
         ValueError: when the class does not have them.
     """
-    short = device.type == "cpu" and row_tokens <= PLAIN_ATTENTION_TOKENS
+    short = device.type == "cpu" and max_length <= PLAIN_ATTENTION_TOKENS
     chosen = "eager" if train.attention == "auto" and short else train.attention
     try:
         if chosen != "auto":

@@ -399,12 +399,7 @@ class Saver:
             ArtifactError: with the numbers and the remedy.
         """
         keep, one = self.config.checkpoint.keep, self.checkpoint_bytes()
-        try:
-            self.place.check_space(progress, one=one, keep=keep, save_every=save_every, judged=judged)
-        except ArtifactError:
-            if not self._give_up_pushes():
-                raise
-            self.place.check_space(progress, one=one, keep=keep, save_every=save_every, judged=judged)
+        self.place.check_space(progress, one=one, keep=keep, save_every=save_every, judged=judged)
 
     # --- going on ---------------------------------------------------------------------------------------------------
 

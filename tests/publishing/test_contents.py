@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -130,6 +132,8 @@ def test_a_file_that_nothing_could_be_loaded_from_is_refused(model: Path, name: 
     look_into(model, also=["notes.txt"])
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_bytes(data)
+    if "/" in name:
+        (model / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
     with pytest.raises(ArtifactError, match=r"is empty|cannot be read"):
         look_into(model)
 
@@ -192,12 +196,14 @@ OF_MODELS = (
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
     *("2_Dense/model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     *("adapter/tokenizer.json", "generator/config.json", "generator/model.safetensors"),
-    *("additional_chat_templates/tools.jinja", "chat_template.json"),
+    *("additional_chat_templates/tools.jinja", "chat_template.json", "router_config.json", "LICENSE-APACHE"),
+    *("query_0_Sparse/model.safetensors", "query_0_Sparse/config.json", "target_vocab.json", "vocab-src.json"),
 )
 OF_NO_MODEL = (
     *("notes.txt", "notes.md", "data.jsonl", "optimizer.pt", "optimizer.safetensors", "trainer_state.json"),
     *("training_args.bin", "pytorch_model.bin", "events.out.tfevents.1", "run.sh", "modeling.py", "secrets.json"),
     *("checkpoint-500/model.safetensors", "checkpoint-500/config.json", "logs/config.json", "onnx/model.onnx"),
+    *("license.key", "LICENSE_KEY.json", "notice-to-self.txt", "3_Old/model.safetensors", "adapter/notes.txt"),
     *("consolidated.safetensors", "笔记.txt", "a b.txt", "README (1).md", "pretrain.log", "wandb/x.json"),
 )
 
@@ -210,6 +216,9 @@ def put(directory: Path, names: tuple[str, ...]) -> None:
 
 def test_a_directory_without_a_manifest_goes_by_the_names_of_the_libraries(tmp_path: Path) -> None:
     put(tmp_path, OF_MODELS + OF_NO_MODEL)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "router_config.json").write_text('{"types": {"query_0_Sparse": "x.Y"}}')
     found = select(tmp_path, None)
     assert found.goes == tuple(sorted(OF_MODELS))
     assert found.unknown == tuple(sorted(OF_NO_MODEL))
@@ -220,6 +229,33 @@ def test_code_goes_where_a_configuration_names_it(tmp_path: Path) -> None:
     put(tmp_path, ("config.json", "model.safetensors", "modeling_mine.py", "layers.py", "tools/x.py"))
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["modeling_mine.Mine", null]}}')
     assert select(tmp_path, None).unknown == ("tools/x.py",)
+    put(tmp_path, ("generator/modeling_mine.py",))
+    assert select(tmp_path, None).unknown == ("generator/modeling_mine.py", "tools/x.py")
+    (tmp_path / "generator" / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_mine.Mine"}}')
+    assert select(tmp_path, None).unknown == ("tools/x.py",)
+
+
+def test_the_code_of_a_generator_goes_with_it(model: Path) -> None:
+    put(model, ("generator/modeling_mine.py",))
+    (model / "generator" / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_mine.Mine"}}')
+    assert "generator/modeling_mine.py" in {piece.name for piece in look_into(model).pieces}
+    (model / "generator" / "modeling_mine.py").unlink()
+    with pytest.raises(ArtifactError, match=r"code is in generator/modeling_mine\.py, which is not there"):
+        look_into(model)
+
+
+def test_a_module_whose_weights_are_a_pickle_alone_is_refused(model: Path) -> None:
+    put(model, ("2_Dense/config.json",))
+    (model / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+    look_into(model)  # it may have none
+    (model / "2_Dense" / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match="weights of `2_Dense` as a pickle alone"):
+        look_into(model)
+    shutil.copy(next(model.glob("*.safetensors")), model / "2_Dense" / "model.safetensors")
+    look_into(model)
+    (model / "modules.json").write_text('[{"path": ""}, {"path": "3_Normalize"}]')
+    with pytest.raises(ArtifactError, match="3_Normalize` is missing"):
+        look_into(model)
 
 
 def test_shards_go_by_the_index_whatever_they_are_called(tmp_path: Path) -> None:
@@ -240,13 +276,15 @@ def test_a_manifest_decides_and_what_is_written_later_goes_too(tmp_path: Path) -
 
 
 def test_what_is_asked_for_goes_too_and_a_pattern_for_nothing_is_refused(model: Path) -> None:
-    put(model, ("notes.txt", "more.txt", "figures/a.png", "figures/b.png", ".env", "__pycache__/x.pyc"))
+    put(
+        model, ("notes.txt", "more.txt", "figures/a.png", "figures/b.png", "figures/c.txt", ".env", "__pycache__/x.pyc")
+    )
     before = look_into(model)
     found = look_into(model, also=["*.txt", "figures/a*"])
     assert {piece.name for piece in found.pieces} - {piece.name for piece in before.pieces} == {
         *("notes.txt", "more.txt", "figures/a.png")
     }
-    assert found.selection.unknown == ("figures/b.png",)
+    assert found.selection.unknown == ("figures/b.png", "figures/c.txt")
     with pytest.raises(ArtifactError, match=r"--also notse.txt: no file"):
         look_into(model, also=["notse.txt"])
     for hidden in (".env", "__pycache__"):

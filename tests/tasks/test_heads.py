@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -15,8 +16,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from pretrain.config_task import TuneTrainConfig
 from pretrain.evaluation.loading import usable_positions
-from pretrain.tasks.heads import check_length
+from pretrain.tasks.heads import PLAIN_ATTENTION_TOKENS, check_length, prepare_passes
 from pretrain.tasks.writing import check_room
 
 SHAPE: dict[str, Any] = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -46,3 +48,19 @@ def test_a_model_without_a_limit_takes_any_length() -> None:
     assert usable_positions(model) is None
     check_length(model, 10_000, "t")
     check_room(model, 10_000, "task.max_target_length")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "length", "taken"),
+    [
+        ("auto", "cpu", PLAIN_ATTENTION_TOKENS, "eager"),
+        ("auto", "cpu", PLAIN_ATTENTION_TOKENS + 1, "sdpa"),
+        ("auto", "cuda", 16, "sdpa"),
+        ("sdpa", "cpu", 16, "sdpa"),
+        ("eager", "cuda", 512, "eager"),
+    ],
+)
+def test_short_rows_on_a_cpu_go_without_the_fused_kernel(asked: Any, device: str, length: int, taken: str) -> None:
+    model = BertForSequenceClassification(BertConfig(**SHAPE))
+    prepare_passes(model, TuneTrainConfig(steps=1, attention=asked), torch.device(device), length)
+    assert model.config._attn_implementation == taken

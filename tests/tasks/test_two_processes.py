@@ -81,7 +81,7 @@ def test_outputs_that_are_written_on_the_way(tmp_path: Path) -> None:
         ("marian", 2, ("fsdp2", "zero3")),
     ):
         model = model_directory(tmp_path, architecture, drawn=None)
-        train = {"steps": 16, "batch_size": 6, "precision": "fp32", "ddp_timeout": 60}
+        train = {"steps": 16, "batch_size": 6, "precision": "fp32", "ddp_timeout": 180}
         given = {"name": f"{architecture}-one", "train": train, "evaluate": {"every": "100%"}}
         tuning(tmp_path, task | {"num_beams": beams}, **given)
         file = (tmp_path / "tuning.yaml").rename(tmp_path / f"{architecture}.yaml")

@@ -36,7 +36,6 @@ from pretrain.training import checkpoint, saving
 from pretrain.training.checkpoint_files import Content
 from pretrain.training.metrics import JsonLines
 from pretrain.training.places import Shared
-from pretrain.training.progress import Progress
 from pretrain.training.saving import NotSavedError, Saver, _Save
 from tests.gpu.synthetic import make_run
 
@@ -268,21 +267,6 @@ def test_what_waits_to_be_published_makes_room_for_a_checkpoint(
     assert "step-00000004" in whole, "the save was tried again at once"
     waiting = [one.step for one in waiting_in(trainer.saver.publisher.spool)]
     assert waiting == [4, 6], "what is saved later waits again"
-
-
-def test_what_waits_to_be_published_refuses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_run(tmp_path)
-    trainer = build_trainer(config, console=Console(quiet=True))
-    publisher = trainer.saver.publisher = waiting_push(config, [], monkeypatch)
-    one = trainer.saver.checkpoint_bytes()
-
-    def room(path: str) -> DiskUsage:
-        return DiskUsage(10 * one, 0, 3 * one - (1 if waiting_in(publisher.spool) else 0))
-
-    monkeypatch.setattr(shutil, "disk_usage", room)
-    progress = Progress(run_id="run", total_steps=6)
-    trainer.saver.check_space(progress, save_every=2, judged=False)
-    assert not waiting_in(publisher.spool)
 
 
 def test_too_little_room_is_refused_before_step_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
