@@ -43,7 +43,7 @@ def test_a_classifier_on_sharded_engines_is_that_of_one_process(tmp_path: Path) 
         "max_length: 16}\n"
         f"name: one\nout: {tmp_path}/runs\noptimizer: {{name: adamw, lr: 5e-3}}\n"
         # 5 rows over two processes, two at a time: one of them has an idle micro-batch.
-        "train: {steps: 12, batch_size: 5, micro_batch: 2, precision: fp32, ddp_timeout: 60}\n"
+        "train: {steps: 12, batch_size: 5, micro_batch: 2, precision: fp32, ddp_timeout: 180}\n"
         "evaluate: {every: 3}\nlog: {to: [jsonl]}\n"
     )
     assert finetune(model, load_tuning(file), console=Console(quiet=True)) == 0
