@@ -47,7 +47,8 @@ from pretrain.tasks.heads import (
     read_tokenizer,
     read_tuned,
 )
-from pretrain.tasks.reading import Parts, Row, read_parts
+from pretrain.tasks.reading import Parts, read_parts
+from pretrain.tasks.rows import Row
 from pretrain.training import checkpoint
 from pretrain.training.engines.job import Job, open_job
 from pretrain.training.optim import build_optimizer

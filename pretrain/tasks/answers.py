@@ -18,7 +18,7 @@ from pretrain.config_task import QuestionAnsweringTask
 from pretrain.tasks import answer_scores
 from pretrain.tasks.base import Evaluated, Task, parts_pairs
 from pretrain.tasks.examples import IGNORED, Example
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from pretrain.tasks.windows import Framed, check_offsets, framed, windows
 
 _WINDOW = "window"

@@ -19,7 +19,8 @@ import numpy as np
 from pretrain.config_task import ClassificationTask, RegressionTask, TaskConfig, TokenTask
 from pretrain.tasks import metrics
 from pretrain.tasks.metrics import library
-from pretrain.tasks.reading import Parts, Row
+from pretrain.tasks.reading import Parts
+from pretrain.tasks.rows import Row
 
 NAME = "bag-of-words"
 """What the command line says in place of a model."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pretrain.config_task import TaskSection
 from pretrain.ranks import Ranks
 from pretrain.tasks.examples import Example, is_target, padded
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 
 _TOKENS_A_BATCH = 16_384  # of a forward pass without gradients
 

@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from pretrain.config_task import MultipleChoiceTask
 from pretrain.tasks.base import Evaluated, Task, encoded, parts_pairs
 from pretrain.tasks.examples import IGNORED, Example, padded
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 
 _READINGS = ("number", "name", "text")
 

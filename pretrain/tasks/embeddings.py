@@ -30,7 +30,7 @@ from pretrain.evaluation.vectors import answer_places
 from pretrain.tasks import metrics
 from pretrain.tasks.base import Evaluated, Task, encoded
 from pretrain.tasks.examples import Example, is_target, stacked
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 
 _CUT = 10
 

@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from pretrain.config_task import InstructionTask
 from pretrain.tasks.base import Evaluated, Evaluation
 from pretrain.tasks.examples import Example
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from pretrain.tasks.writing import WritingTask, decoder_example, stop_at
 
 Message = dict[str, Any]

@@ -18,7 +18,7 @@ from pretrain.config_task import ClassificationTask, LabelledSentences, Regressi
 from pretrain.tasks import metrics
 from pretrain.tasks.base import Evaluated, Task, encoded, parts_pairs
 from pretrain.tasks.examples import IGNORED, Example, is_target
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 
 
 class _Sentences(Task):

@@ -20,7 +20,7 @@ from pretrain.evaluation.outputs import bleu_and_chrf, without_spaces
 from pretrain.tasks.base import Evaluated, Evaluation
 from pretrain.tasks.examples import Example
 from pretrain.tasks.metrics import library
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from pretrain.tasks.writing import WritingTask, check_room, decoder_example, stop_at
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")

@@ -17,7 +17,7 @@ from pretrain.config_task import Column, TokenTask
 from pretrain.tasks import metrics
 from pretrain.tasks.base import Evaluated, Task
 from pretrain.tasks.examples import IGNORED, Example, padded
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from pretrain.tasks.windows import best_windows, check_offsets, framed, windows
 
 _OUTSIDE = "O"

@@ -60,7 +60,7 @@ LISTED: dict[str, dict[str, str]] = {
     "exec_module": {"evaluation/task_files.py": "the function of a task file, with --trust-remote-code alone"},
     "url_to_fs": {"data/reading/remote.py": "bytes", "stores.py": "bytes"},
     "urlopen": {"data/reading/remote.py": "bytes"},
-    "ParquetFile": {"data/reading/documents.py": "columns of text or ids", "tasks/reading.py": "plain values"},
+    "ParquetFile": {"data/reading/documents.py": "columns of text or ids", "tasks/rows.py": "plain values"},
     "np.load": {"data/packing.py": "arrays without objects", "data/preparing/unfinished.py": "arrays without objects"},
     "np.memmap": {
         "data/reading/token_files.py": "ids",

@@ -20,7 +20,7 @@ from pretrain.files import ArtifactError
 from pretrain.finetune import finetune
 from pretrain.tasks.adapters import AdapterStore, add_adapters, check_choice, read_adapted, write_merged
 from pretrain.tasks.heads import install, read_model
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from pretrain.tasks.sentences import Classification
 from pretrain.tasks.texts import TextToText
 from pretrain.training.optim import build_optimizer

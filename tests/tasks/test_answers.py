@@ -20,7 +20,7 @@ from pretrain.tasks.answer_scores import of_characters, of_words
 from pretrain.tasks.answers import Answers, likeliest_span
 from pretrain.tasks.examples import IGNORED
 from pretrain.tasks.heads import install
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from tests.tasks.small_tokenizers import TEXT, byte_bpe, config_of, drawn, unigram, wordpiece
 
 CONTEXT = " ".join(TEXT)

@@ -18,7 +18,7 @@ from pretrain.tasks import make_task
 from pretrain.tasks.choices import Choices
 from pretrain.tasks.examples import IGNORED
 from pretrain.tasks.heads import install
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from tests.tasks.small_tokenizers import byte_bpe, config_of, drawn, wordpiece
 
 ENDINGS = [["on the mat", "periodic"], ["a tree", "the war", "cats running and jumping", "1869"], ["a dog", "a", "ran"]]

@@ -22,7 +22,7 @@ from pretrain.tasks import make_task
 from pretrain.tasks.base import _turns
 from pretrain.tasks.examples import Example
 from pretrain.tasks.heads import install
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from tests.tasks.small_tokenizers import config_of, drawn, wordpiece
 
 PAIRS = [("the cat sat", "a cat is sitting"), ("who published it", "the publisher"), ("a tree", "running under a tree")]

@@ -16,7 +16,7 @@ from pretrain.config_task import InstructionTask
 from pretrain.finetune import finetune
 from pretrain.tasks.heads import install
 from pretrain.tasks.instructions import Instructions, default_template
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 
 CHAT = [
     {"role": "system", "content": "Be short."},

@@ -21,7 +21,8 @@ from pretrain.tasks import bag_of_words, make_task
 from pretrain.tasks.base import prediction_lines
 from pretrain.tasks.examples import TaskData
 from pretrain.tasks.heads import install
-from pretrain.tasks.reading import Parts, Row
+from pretrain.tasks.reading import Parts
+from pretrain.tasks.rows import Row
 from pretrain.training.feed import without_targets
 from tests.tasks.small_tokenizers import byte_bpe, config_of, drawn, wordpiece
 

@@ -11,7 +11,7 @@ from pretrain.config import validated
 from pretrain.config_task import TuningConfig
 from pretrain.tasks import make_task
 from pretrain.tasks.examples import TaskData
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from tests.tasks.small_tokenizers import wordpiece
 
 TEXTS = ["cat", "the old cat sat on the mat", "who", "where did she go after the war"]

@@ -17,7 +17,7 @@ from pretrain.finetune import finetune
 from pretrain.ranks import Ranks
 from pretrain.tasks.base import Evaluation
 from pretrain.tasks.heads import install, read_model, read_tuned
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from pretrain.tasks.texts import TextToText, rouge
 from tests.two_ranks import two_ranks
 

@@ -20,7 +20,7 @@ from pretrain.ranks import Ranks
 from pretrain.tasks import make_task
 from pretrain.tasks.examples import IGNORED
 from pretrain.tasks.heads import install
-from pretrain.tasks.reading import Row
+from pretrain.tasks.rows import Row
 from pretrain.tasks.tokens import Tokens, lead_of
 from pretrain.tasks.windows import best_windows, windows
 from tests.tasks.small_tokenizers import byte_bpe, config_of, drawn, unigram, wordpiece
