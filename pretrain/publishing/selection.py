@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pretrain.files import ArtifactError
+from pretrain.files import ArtifactError, is_below
 
 INDEX = "model.safetensors.index.json"
 _NEVER = frozenset({"manifest.json", "pretrain.json", "Thumbs.db"})
@@ -142,21 +142,16 @@ def _carries_code(folder: Path) -> bool:
 def _modules(directory: Path) -> set[str]:
     """The folders of sentence-transformers' modules, those among which a router chooses too.
 
-    Raises:
-        ArtifactError: when one is missing, or named outside of the directory.
+    One that holds no file (`2_Normalize`) is not there in what was downloaded.
     """
-    listed: Any = _read_any(directory / "modules.json")
-    named = (
-        [str(entry.get("path", "")) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    )
+    listed = _read_any(directory / "modules.json")
+    entries = listed if isinstance(listed, list) else []
+    named = [str(entry.get("path", "")) for entry in entries if isinstance(entry, dict)]
+    named = [name for name in named if is_below(name)]
     for folder in ["", *named]:
         routes = _read(directory / folder / "router_config.json").get("types")
         named += [f"{folder}/{name}".lstrip("/") for name in routes] if isinstance(routes, dict) else []
-    found = {PurePosixPath(name).as_posix() for name in named if name not in ("", ".")}
-    for name in sorted(found):
-        if not (directory / name).is_dir():
-            raise ArtifactError(f"`{directory / name}` is missing, and modules.json names it; save the model again")
-    return found
+    return {PurePosixPath(name).as_posix() for name in named}
 
 
 def _shards(directory: Path) -> frozenset[str]:
